@@ -1,0 +1,79 @@
+-- handover.lua: the part that acquire.lua and release.lua share; it is put in
+-- front of both.
+--
+-- The queue is a sorted set of waiting tickets. A score is the server time in
+-- microseconds at which the ticket first asked; a negative score marks the one
+-- ticket that was handed the lock and has not claimed it yet, which keeps it in
+-- front. A ticket is "<inbox>.<random>", both hexadecimal.
+
+local function inbox(ticket)
+  return string.match(ticket, '^(%x+)%.%x+$') or ''
+end
+
+-- tell publishes to the process that owns the ticket; true if anybody listened.
+-- A refused PUBLISH (ACL, renamed command) must not end the script half-way.
+local function tell(ticket, message)
+  local heard = redis.pcall('PUBLISH', 'dmutex-inbox:' .. inbox(ticket), message)
+  return type(heard) == 'number' and heard > 0
+end
+
+-- drop_silent removes a marked ticket whose grace is over, and with it all of
+-- its process's, which is stopped or cut off: one grace per process, not one per
+-- waiter. If the process is the asker's own it lives, and only that one goes.
+local function drop_silent(queue, marked, asker)
+  local process = inbox(marked)
+  if process == inbox(asker) then
+    redis.call('ZREM', queue, marked)
+    return
+  end
+  for _, ticket in ipairs(redis.call('ZRANGE', queue, 0, -1)) do
+    if inbox(ticket) == process then
+      redis.call('ZREM', queue, ticket)
+    end
+  end
+end
+
+-- tell_witnesses lets the next in the queue look when the grace is over; if it
+-- lives in the same process as the one who was handed the lock, which may be
+-- stopped, the last in the queue as well.
+local function tell_witnesses(queue, handed, grace)
+  local witness
+  repeat
+    witness = redis.call('ZRANGE', queue, 1, 1)[1]
+    local heard = not witness or tell(witness, witness .. ' ' .. grace)
+    if not heard then
+      redis.call('ZREM', queue, witness)
+    end
+  until heard
+  if witness and inbox(witness) == inbox(handed) then
+    local last = redis.call('ZRANGE', queue, -1, -1)[1]
+    if inbox(last) ~= inbox(handed) then
+      tell(last, last .. ' ' .. grace)
+    end
+  end
+end
+
+-- hand_over gives the lock, which must be free, to the first in the queue who
+-- listens, for the grace in which it has to claim it; returns its ticket. Returns
+-- nil, and the lock is still free, if the asker itself is first or nobody waits.
+local function hand_over(lock, queue, grace, asker)
+  while true do
+    local front = redis.call('ZRANGE', queue, 0, 0, 'WITHSCORES')
+    local first = front[1]
+    if not first or first == asker then
+      return nil
+    end
+    local since = tonumber(front[2])
+    if since < 0 then
+      drop_silent(queue, first, asker)
+    elseif tell(first, first) then
+      redis.call('SET', lock, first, 'PX', grace)
+      redis.call('ZADD', queue, string.format('%.0f', -since), first)
+      tell_witnesses(queue, first, grace)
+      return first
+    else
+      redis.call('ZREM', queue, first)
+    end
+  end
+end
+

@@ -1,0 +1,461 @@
+package dmutex
+
+import (
+	"context"
+	"crypto/rand"
+	_ "embed"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"reflect"
+	"strings"
+	"time"
+
+	"github.com/go-redis/redis/v8"
+	"github.com/go-redsync/redsync/v4"
+	redsyncredis "github.com/go-redsync/redsync/v4/redis"
+	"github.com/go-redsync/redsync/v4/redis/goredis/v8"
+)
+
+const (
+	// maxGrace is how long whoever was handed the lock has to claim it: what one
+	// stopped process costs the others, and what a slow network may take.
+	maxGrace = time.Second
+
+	// queueTTL outlives the longest pause between two looks of a waiter several
+	// times, so only a queue of the dead expires.
+	queueTTL = 30 * time.Second
+
+	// tombstoneTTL outlives the retries of a go-redis client with its default
+	// settings (four times 3 s and the pauses between).
+	tombstoneTTL = 15 * time.Second
+
+	// minAnswerTime is what redsync waits for an answer even if the ttl is
+	// shorter: whether it came in time is decided when it is here.
+	minAnswerTime = 5 * time.Second
+
+	// cleanUpTime bounds a release, whatever the caller's ctx.
+	cleanUpTime = 10 * time.Second
+)
+
+var (
+	//go:embed lua/handover.lua
+	handoverLua string
+	//go:embed lua/acquire.lua
+	acquireLua string
+	//go:embed lua/release.lua
+	releaseLua string
+	//go:embed lua/look.lua
+	lookLua string
+
+	acquireScript = redis.NewScript(handoverLua + acquireLua)
+	releaseScript = redis.NewScript(handoverLua + releaseLua)
+	lookScript    = redis.NewScript(lookLua)
+)
+
+var (
+	errTooLate   = errors.New("the ttl was over before the answer came")
+	errNotUsable = errors.New("client is nil or was not made by its constructor")
+	errRing      = errors.New("client is a *redis.Ring, which can grant one lock twice")
+	errCluster   = errors.New("client is a *redis.ClusterClient, which is not supported yet")
+)
+
+// names are the keys and the channel of one lock. All keys begin with the lock's,
+// so that an ACL pattern for it covers them, and hash to its slot where that can
+// be had (see hashBase).
+type names struct {
+	lock    string
+	queue   string
+	ended   string // begins the name of each tombstone
+	channel string
+}
+
+func namesOf(key string) names {
+	base := hashBase(key)
+	return names{
+		lock:    key,
+		queue:   base + ":dmutex:queue",
+		ended:   base + ":dmutex:ended:",
+		channel: "dmutex-" + key,
+	}
+}
+
+// hashBase returns a beginning for key names that hash to the same slot as key.
+// A key with a hash tag brings it along; one without braces is repeated as a tag;
+// one with only opening braces can be a tag but not stand before it. For a key
+// that contains a closing brace but no tag there is no such name: its other keys
+// lie in other slots.
+func hashBase(key string) string {
+	opening := strings.IndexByte(key, '{')
+	switch {
+	case opening >= 0 && strings.IndexByte(key[opening:], '}') > 1:
+		return key
+	case strings.Contains(key, "}"):
+		return key
+	case opening >= 0:
+		return "{" + key + "}"
+	default:
+		return key + "{" + key + "}"
+	}
+}
+
+func (n names) tombstone(ticket string) string { return n.ended + ticket }
+
+func inboxChannel(inbox string) string { return "dmutex-inbox:" + inbox }
+
+// newTicket returns a ticket whose hand-over is told to inbox.
+func newTicket(inbox string) string { return inbox + "." + randomHex(16) }
+
+func newInbox() string { return randomHex(8) }
+
+func randomHex(n int) string {
+	b := make([]byte, n)
+	_, _ = rand.Read(b) // never fails
+	return hex.EncodeToString(b)
+}
+
+// isTicket tells our holders, who hand over, from plain redsync's and the
+// original package's, whose values are base64.
+func isTicket(value string) bool {
+	inbox, random, found := strings.Cut(value, ".")
+	return found && isHex(inbox) && isHex(random)
+}
+
+func isHex(s string) bool {
+	return s != "" && strings.Trim(s, "0123456789abcdef") == ""
+}
+
+// node is the little that a lock asks of a Redis client.
+type node interface {
+	// run runs a script on the master that owns its keys.
+	run(ctx context.Context, script *redis.Script, keys []string, args ...any) (any, error)
+	// subscribe returns a subscription, without channels yet, on that master.
+	subscribe(ctx context.Context) *redis.PubSub
+	// shared is equal for all copies of one client, and comparable.
+	shared() any
+}
+
+// goredisNode is a node behind a go-redis v8 client.
+type goredisNode struct{ client redis.UniversalClient }
+
+var _ node = goredisNode{}
+
+// nodeOf checks that client can be used, without a request.
+func nodeOf(client redis.UniversalClient) (n node, err error) {
+	if client == nil {
+		return nil, errNotUsable
+	}
+	defer func() {
+		if recover() != nil { // a nil pointer, at the top or embedded
+			n, err = nil, errNotUsable
+		}
+	}()
+	client.Context()
+	switch client := client.(type) {
+	case *redis.Ring:
+		return nil, errRing
+	case *redis.ClusterClient:
+		return nil, errCluster
+	case *redis.Client:
+		client.Options()
+	default:
+		if !reflect.ValueOf(client).Comparable() {
+			return nil, fmt.Errorf("client of type %T is not comparable: pass a pointer", client)
+		}
+	}
+	return goredisNode{client}, nil
+}
+
+// run returns as soon as ctx ends. go-redis does not always: some dials and locks
+// on its way take no notice of ctx.
+func (n goredisNode) run(ctx context.Context, script *redis.Script, keys []string, args ...any) (any, error) {
+	if ctx.Done() == nil {
+		return script.Run(ctx, n.client, keys, args...).Result()
+	}
+	type reply struct {
+		value any
+		err   error
+	}
+	replied := make(chan reply, 1)
+	go func() {
+		value, err := script.Run(ctx, n.client, keys, args...).Result()
+		replied <- reply{value, err}
+	}()
+	select {
+	case r := <-replied:
+		return r.value, r.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (n goredisNode) subscribe(ctx context.Context) *redis.PubSub { return n.client.Subscribe(ctx) }
+
+func (n goredisNode) shared() any {
+	if client, ok := n.client.(*redis.Client); ok {
+		return client.Options() // WithContext copies the client, not the options
+	}
+	return n.client
+}
+
+// sight is what a request saw of the lock.
+type sight struct {
+	status string        // of acquire: "held", "taken" or "ended"
+	holder string        // value of the lock, if taken
+	free   bool          // nobody holds the lock
+	ttl    time.Duration // remaining, if taken; negative: no expiry
+	rank   int           // in the queue, 0 is next; -1: not in it
+	fate   string        // of the ticket asked about: "released", "ended" or unknown
+}
+
+// look sees who holds the lock and, if ticket is one, how that ended.
+func look(ctx context.Context, n node, names names, ticket string) (sight, error) {
+	keys := []string{names.lock}
+	if isTicket(ticket) {
+		keys = append(keys, names.tombstone(ticket))
+	}
+	reply, err := n.run(ctx, lookScript, keys)
+	if err != nil {
+		return sight{}, given(ctx, err)
+	}
+	fields, ok := reply.([]any)
+	if !ok || len(fields) < 2 {
+		return sight{}, fmt.Errorf("unexpected reply %v", reply)
+	}
+	var seen sight
+	holder, held := fields[0].(string)
+	ttl, _ := fields[1].(int64)
+	seen.holder, seen.free = holder, !held
+	seen.ttl = time.Duration(ttl) * time.Millisecond
+	if len(fields) > 2 {
+		seen.fate, _ = fields[2].(string)
+	}
+	return seen, nil
+}
+
+// claim is one ticket on its way to the lock, through redsync. Not for use by two
+// goroutines at once, like the redsync.Mutex in it.
+type claim struct {
+	ticket string
+	mutex  *redsync.Mutex
+	port   *port
+}
+
+func newClaim(n node, names names, ttl time.Duration, inbox string) *claim {
+	p := &port{node: n, names: names, ticket: newTicket(inbox), grace: min(ttl, maxGrace)}
+	if n, ok := n.(goredisNode); ok {
+		p.Pool = goredis.NewPool(n.client)
+	}
+	return &claim{
+		ticket: p.ticket,
+		port:   p,
+		mutex: redsync.New(p).NewMutex(names.lock,
+			redsync.WithExpiry(ttl),
+			redsync.WithTimeoutFactor(max(1, float64(minAnswerTime)/float64(ttl))),
+			redsync.WithGenValueFunc(func() (string, error) { return p.ticket, nil }),
+		),
+	}
+}
+
+// inLine makes the following tries ask for a place in the queue; since is the one
+// of an earlier ticket, if it had one. The ticket's inbox must be listened to.
+func (c *claim) inLine(since string) {
+	if since == "" {
+		since = "0"
+	}
+	c.port.since = since
+}
+
+// place is where the ticket stands in the queue, to be taken over by another.
+func (c *claim) place() string { return c.port.since }
+
+// try asks for the lock once. The error is errTooLate if it was granted but is no
+// longer valid; after any error the ticket's fate is unknown: end it.
+func (c *claim) try(ctx context.Context) (sight, error) {
+	c.port.seen = sight{}
+	err := c.mutex.TryLockContext(ctx)
+	seen := c.port.seen
+	switch {
+	case err == nil, seen.status == "taken", seen.status == "ended":
+		return seen, nil
+	case seen.status == "held":
+		return seen, errTooLate
+	default:
+		return seen, given(ctx, err)
+	}
+}
+
+// until is when the hold ends on our own clock, if the claim was granted.
+func (c *claim) until() time.Time { return c.mutex.Until() }
+
+// release gives the lock back. The error matches ErrLockLost if it was lost
+// before. It takes no notice of the end of ctx and is bounded by cleanUpTime.
+func (c *claim) release(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTime)
+	defer cancel()
+	c.port.ending = true
+	released, err := c.mutex.UnlockContext(ctx)
+	var taken *redsync.ErrTaken
+	switch {
+	case released:
+		return nil
+	case errors.Is(err, redsync.ErrLockAlreadyExpired), errors.As(err, &taken):
+		return fmt.Errorf("%w: %w", ErrLockLost, err)
+	default:
+		return given(context.Background(), err)
+	}
+}
+
+// abandon ends a ticket whose fate is unknown or that is no longer wanted: if it
+// holds the lock, the next one gets it; if it waits, it does no longer; if its
+// request is still under way, it will come too late. It returns at once; the
+// requests go on until one is answered, for cleanUpTime at most, whatever ctx.
+func (c *claim) abandon(ctx context.Context) {
+	port := c.port
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTime)
+	go func() {
+		defer cancel()
+		for {
+			_, err := port.release(ctx)
+			if err == nil || !transient(err) || sleep(ctx, retryPause()) != nil {
+				return
+			}
+		}
+	}()
+}
+
+// port is the pool that one claim's redsync.Mutex works on, and the way past its
+// bool results: redsync's own adapter, but for the two requests that differ.
+type port struct {
+	redsyncredis.Pool
+	node   node
+	names  names
+	ticket string
+	grace  time.Duration
+
+	since  string // place in the queue to ask for, see acquire.lua
+	seen   sight  // by the latest acquire; zero if it was not answered
+	ending bool   // redsync's delete is meant, see portConn.Eval
+}
+
+func (p *port) Get(ctx context.Context) (redsyncredis.Conn, error) {
+	conn, err := p.Pool.Get(ctx)
+	return &portConn{conn, ctx, p}, err
+}
+
+type portConn struct {
+	redsyncredis.Conn
+	ctx  context.Context // of the one request that redsync makes on it
+	port *port
+}
+
+var _ redsyncredis.Conn = (*portConn)(nil)
+
+// SetNX is redsync's acquire.
+func (c *portConn) SetNX(_, _ string, ttl time.Duration) (bool, error) {
+	return c.port.acquire(c.ctx, ttl)
+}
+
+// Eval is redsync's delete or, with a third argument, its touch. It also deletes
+// after every try that failed: that must not end a ticket which waits, so only
+// the delete of a release is let through.
+func (c *portConn) Eval(script *redsyncredis.Script, keysAndArgs ...any) (any, error) {
+	if isDelete := len(keysAndArgs) == 2; !isDelete {
+		return c.Conn.Eval(script, keysAndArgs...)
+	}
+	if !c.port.ending {
+		return int64(0), nil
+	}
+	status, err := c.port.release(c.ctx)
+	switch {
+	case err != nil:
+		return nil, err
+	case status == "released":
+		return int64(1), nil
+	case status == "gone":
+		return int64(-1), nil
+	default:
+		return int64(0), nil
+	}
+}
+
+func (p *port) keys() []string {
+	return []string{p.names.lock, p.names.queue, p.names.tombstone(p.ticket)}
+}
+
+func (p *port) acquire(ctx context.Context, ttl time.Duration) (bool, error) {
+	reply, err := p.node.run(ctx, acquireScript, p.keys(),
+		p.ticket, ttl.Milliseconds(), p.grace.Milliseconds(), p.since, queueTTL.Milliseconds())
+	if err != nil {
+		return false, err
+	}
+	fields, _ := reply.([]any)
+	if len(fields) == 0 {
+		return false, fmt.Errorf("unexpected reply %v", reply)
+	}
+	seen := sight{rank: -1}
+	seen.status, _ = fields[0].(string)
+	if seen.status == "taken" && len(fields) == 5 {
+		seen.holder, _ = fields[1].(string)
+		ttl, _ := fields[2].(int64)
+		seen.ttl = time.Duration(ttl) * time.Millisecond
+		rank, _ := fields[3].(int64)
+		seen.rank = int(rank)
+		p.since, _ = fields[4].(string)
+	}
+	p.seen = seen
+	return seen.status == "held", nil
+}
+
+func (p *port) release(ctx context.Context) (status string, err error) {
+	reply, err := p.node.run(ctx, releaseScript, p.keys(),
+		p.ticket, p.names.channel, p.grace.Milliseconds(), tombstoneTTL.Milliseconds())
+	if err != nil {
+		return "", err
+	}
+	status, _ = reply.(string)
+	return status, nil
+}
+
+// given returns the error of a request as the caller should see it: the end of
+// its own ctx if that is what it was, and never the end of one that it did not
+// give, like redsync's.
+func given(ctx context.Context, err error) error {
+	if ended := ctxErr(ctx); ended != nil {
+		return ended
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return &noAnswerError{err}
+	}
+	return err
+}
+
+// noAnswerError is a time limit of redsync's, go-redis's or our own that ended a
+// request. It can be taken for its cause but does not match
+// context.DeadlineExceeded, which would tell the caller that its ctx ended.
+type noAnswerError struct{ cause error }
+
+func (e *noAnswerError) Error() string       { return "no answer from Redis in time: " + e.cause.Error() }
+func (e *noAnswerError) As(target any) bool { return errors.As(e.cause, target) }
+func (e *noAnswerError) Timeout() bool      { return true }
+
+// transient tells an error that may pass while a waiter waits from one that ends
+// the wait: the client is closed, or the server refuses.
+func transient(err error) bool { return !errors.Is(err, redis.ErrClosed) && !refused(err) }
+
+// refused tells an answer of the server that asking again will not change.
+func refused(err error) bool {
+	var answer redis.Error
+	if !errors.As(err, &answer) {
+		return false // the network, or no free connection
+	}
+	for _, passing := range []string{
+		"LOADING", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN", "MOVED", "ASK",
+		"BUSY", "OOM", "MISCONF", "NOREPLICAS", "UNBLOCKED", "ERR max number of clients",
+	} {
+		if strings.HasPrefix(answer.Error(), passing) {
+			return false
+		}
+	}
+	return true
+}

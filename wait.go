@@ -1,0 +1,262 @@
+package dmutex
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"strconv"
+	"time"
+)
+
+const (
+	// longestWait is how long a waiter sleeps without a message before it looks at
+	// Redis all the same: what a lost message costs at the most.
+	longestWait = 5 * time.Second
+
+	// deafWait is the same while the subscription is down or refused.
+	deafWait = time.Second
+
+	// expiryLag is how long after the end of a ttl the first in the queue looks,
+	// and rankLag how much later each of the others.
+	expiryLag = 2 * time.Millisecond
+	rankLag   = 50 * time.Millisecond
+
+	// A holder that is not ours does not hand over, so the first in the queue looks
+	// as often as redsync does.
+	minPoll = 50 * time.Millisecond
+	maxPoll = 250 * time.Millisecond
+)
+
+// acquire gets the lock for a new claim. It asks; if the lock is taken it gets in
+// line, and asks again whenever there is a reason: a message, the end of the
+// holder's ttl, or enough time gone by. It returns when ctx ends, at the first
+// try also when Redis does not answer, and later when asking is of no more use.
+func (m *Mutex) acquire(ctx context.Context) (*claim, error) {
+	var w waiter
+	defer w.leave()
+	getInLine := func(place string) *claim {
+		if w.ear == nil {
+			w.ear = subscribers.join(m.node)
+		}
+		c := newClaim(m.node, m.names, m.ttl, w.ear.sub.inbox)
+		c.inLine(place)
+		w.ear.expect(c.ticket)
+		return c
+	}
+
+	var c *claim
+	if subscribers.live(m.node) {
+		c = getInLine("") // a place in the queue in the first round trip
+	} else {
+		c = newClaim(m.node, m.names, m.ttl, newInbox())
+	}
+	for first := true; ; first = false {
+		seen, err := c.try(ctx)
+		switch {
+		case errors.Is(err, errTooLate), seen.status == "ended":
+			// This ticket cannot hold the lock any more; another keeps its place.
+			c.abandon(ctx)
+			c = getInLine(c.place())
+			continue
+		case err != nil && (first || ctxErr(ctx) != nil || !transient(err)):
+			c.abandon(ctx)
+			return nil, err
+		case err != nil:
+			err = w.sleep(ctx, retryPause())
+		case seen.status == "held":
+			return c, nil
+		case seen.ttl < 0:
+			c.abandon(ctx)
+			return nil, ErrNoExpiry
+		case w.ear == nil:
+			c = getInLine("")
+			if w.ear.hears() {
+				continue
+			}
+			err = w.sleep(ctx, deafWait)
+		default:
+			if !isTicket(seen.holder) && seen.rank <= 0 {
+				w.ear.listen(m.names.channel) // the original package tells its releases there
+			}
+			err = w.sleep(ctx, w.patience(seen))
+		}
+		if err != nil {
+			c.abandon(ctx)
+			return nil, err
+		}
+	}
+}
+
+// watch waits until a hold ends: the one that made the latest TryLock fail, or
+// the one that it finds. Redis says how that ended, unless it lost the news: then
+// what is gone before its ttl has run out was released.
+func (m *Mutex) watch(ctx context.Context) (expired bool, err error) {
+	var w waiter
+	defer w.leave()
+	remembered := m.seen.Load()
+	target := remembered
+	defer func() {
+		if err == nil {
+			target = nil
+		}
+		m.seen.CompareAndSwap(remembered, target)
+	}()
+
+	for first := true; ; first = false {
+		holder := ""
+		if target != nil {
+			holder = target.holder
+		}
+		sent := time.Now()
+		seen, err := look(ctx, m.node, m.names, holder)
+		if err != nil {
+			if first || ctxErr(ctx) != nil || !transient(err) {
+				return false, err
+			}
+			if err := w.sleep(ctx, retryPause()); err != nil {
+				return false, err
+			}
+			continue
+		}
+		if target != nil && (seen.free || seen.holder != holder) {
+			if expired, known := target.fate(seen.fate); known || !first {
+				return expired, nil
+			}
+			target = nil // gone for so long that Redis has forgotten it
+		}
+		switch {
+		case seen.free:
+			return false, nil
+		case seen.ttl < 0:
+			return false, ErrNoExpiry
+		}
+		target = &sighting{holder: seen.holder, at: time.Now(), end: sent.Add(seen.ttl)}
+
+		if w.ear == nil {
+			w.ear = subscribers.join(m.node)
+			w.ear.listen(m.names.channel)
+			if w.ear.hears() {
+				continue // a release since the look was not heard
+			}
+		}
+		seen.rank = 0
+		if err := w.sleep(ctx, w.patience(seen)); err != nil {
+			return false, err
+		}
+		if w.hint != "" && w.hint == target.holder {
+			return false, nil
+		}
+	}
+}
+
+// sighting is a hold as it was last seen.
+type sighting struct {
+	holder string
+	at     time.Time // when it was seen
+	end    time.Time // before which it cannot have expired
+}
+
+// fate tells how the hold, now gone, ended. If its tombstone may have expired,
+// and the ttl too, that is not known.
+func (s *sighting) fate(tombstone string) (expired, known bool) {
+	now := time.Now()
+	switch {
+	case tombstone == "released", now.Before(s.end):
+		return false, true
+	default:
+		return true, now.Sub(s.at) < tombstoneTTL-time.Second
+	}
+}
+
+// waiter is one call that waits, and what it knows besides what Redis tells.
+type waiter struct {
+	ear     *listener // nil until it has to wait
+	timer   *time.Timer
+	hint    string // the message that ended the latest sleep, "" if none did
+	witness bool   // was told of a hand-over, to see to it that it is claimed
+}
+
+func (w *waiter) leave() {
+	if w.ear != nil {
+		w.ear.leave()
+	}
+	if w.timer != nil {
+		w.timer.Stop()
+	}
+}
+
+// sleep returns nil as soon as there is a reason to look at Redis: a message came,
+// or d is over. A message that only says when to look shortens d.
+func (w *waiter) sleep(ctx context.Context, d time.Duration) error {
+	end := time.Now().Add(d)
+	if w.timer == nil {
+		w.timer = time.NewTimer(d)
+	} else {
+		w.timer.Reset(d)
+	}
+	w.hint = ""
+	for {
+		select {
+		case <-ctx.Done():
+			return ctxErr(ctx)
+		case <-w.timer.C:
+			return nil
+		case w.hint = <-w.ear.heard:
+			grace, err := strconv.ParseUint(w.hint, 10, 32)
+			if err != nil {
+				return nil
+			}
+			w.witness = true
+			w.timer.Reset(min(time.Until(end), time.Duration(grace)*time.Millisecond+expiryLag))
+		}
+	}
+}
+
+// patience is how long a waiter that has seen this may sleep without a message.
+func (w *waiter) patience(seen sight) time.Duration {
+	lag := expiryLag
+	if seen.rank != 0 && !w.witness {
+		lag = rankLag * time.Duration(max(1, seen.rank))
+	}
+	w.witness = false
+
+	longest := jitter(longestWait*4/5, longestWait)
+	switch {
+	case !isTicket(seen.holder):
+		queue := time.Duration(max(0, seen.rank))
+		longest = min(longest, queue*maxPoll+jitter(minPoll, maxPoll))
+	case !w.ear.hears():
+		longest = jitter(deafWait/2, deafWait)
+	}
+	return min(seen.ttl+lag, longest)
+}
+
+// retryPause is how long a waiter waits after a fault.
+func retryPause() time.Duration { return jitter(100*time.Millisecond, 500*time.Millisecond) }
+
+func jitter(from, to time.Duration) time.Duration { return from + rand.N(to-from) }
+
+// sleep waits for d or the end of ctx, whose error it returns.
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctxErr(ctx)
+	}
+}
+
+// ctxErr is ctx.Err() with its cause, but never late: a request that was given
+// ctx's deadline can fail a moment before ctx itself ends.
+func ctxErr(ctx context.Context) error {
+	err := ctx.Err()
+	if deadline, ok := ctx.Deadline(); ok && err == nil && !time.Now().Before(deadline) {
+		return context.DeadlineExceeded
+	}
+	if cause := context.Cause(ctx); err != nil && !errors.Is(cause, err) {
+		return errors.Join(err, cause)
+	}
+	return err
+}
