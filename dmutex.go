@@ -99,7 +99,7 @@ func (m *Mutex) tryLock(ctx context.Context) (bool, error) {
 	case seen.ttl < 0:
 		return false, ErrNoExpiry
 	}
-	m.seen.Store(&sighting{holder: seen.holder, at: time.Now(), end: sent.Add(seen.ttl)})
+	m.seen.Store(sighted(seen, sent))
 	return false, nil
 }
 
@@ -157,8 +157,11 @@ func (m *Mutex) failed(what string, err error) error {
 }
 
 func (m *Mutex) check(ctx context.Context) error {
-	if ctx == nil {
+	switch {
+	case ctx == nil:
 		return errors.New("ctx is nil")
+	case m.node == nil && m.err == nil:
+		return errors.New("mutex was not made by New")
 	}
 	return m.err
 }
@@ -168,4 +171,3 @@ func (m *Mutex) granted(c *claim) {
 	m.holds.add(c)
 	m.seen.Store(nil)
 }
-

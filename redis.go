@@ -299,7 +299,8 @@ func (c *claim) release(ctx context.Context) error {
 	switch {
 	case released:
 		return nil
-	case errors.Is(err, redsync.ErrLockAlreadyExpired), errors.As(err, &taken):
+	case errors.Is(err, redsync.ErrLockAlreadyExpired), errors.As(err, &taken),
+		strings.Contains(err.Error(), "WRONGTYPE "): // the key has become something else
 		return fmt.Errorf("%w: %w", ErrLockLost, err)
 	default:
 		return given(context.Background(), err)
@@ -435,7 +436,7 @@ func given(ctx context.Context, err error) error {
 // context.DeadlineExceeded, which would tell the caller that its ctx ended.
 type noAnswerError struct{ cause error }
 
-func (e *noAnswerError) Error() string       { return "no answer from Redis in time: " + e.cause.Error() }
+func (e *noAnswerError) Error() string      { return "no answer from Redis in time: " + e.cause.Error() }
 func (e *noAnswerError) As(target any) bool { return errors.As(e.cause, target) }
 func (e *noAnswerError) Timeout() bool      { return true }
 
@@ -449,11 +450,11 @@ func refused(err error) bool {
 	if !errors.As(err, &answer) {
 		return false // the network, or no free connection
 	}
-	for _, passing := range []string{
-		"LOADING", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN", "MOVED", "ASK",
-		"BUSY", "OOM", "MISCONF", "NOREPLICAS", "UNBLOCKED", "ERR max number of clients",
+	for _, passing := range []string{ // older servers put words before those of a script's error
+		"LOADING ", "READONLY ", "CLUSTERDOWN ", "TRYAGAIN ", "MASTERDOWN ", "MOVED ", "ASK ",
+		"BUSY ", "OOM ", "MISCONF ", "NOREPLICAS ", "UNBLOCKED ", "max number of clients",
 	} {
-		if strings.HasPrefix(answer.Error(), passing) {
+		if strings.Contains(answer.Error(), passing) {
 			return false
 		}
 	}

@@ -21,6 +21,10 @@ const (
 	expiryLag = 2 * time.Millisecond
 	rankLag   = 50 * time.Millisecond
 
+	// pttlError is by how much more than what is left PTTL may say, as Redis counts
+	// in whole milliseconds.
+	pttlError = 2 * time.Millisecond
+
 	// A holder that is not ours does not hand over, so the first in the queue looks
 	// as often as redsync does.
 	minPoll = 50 * time.Millisecond
@@ -130,7 +134,7 @@ func (m *Mutex) watch(ctx context.Context) (expired bool, err error) {
 		case seen.ttl < 0:
 			return false, ErrNoExpiry
 		}
-		target = &sighting{holder: seen.holder, at: time.Now(), end: sent.Add(seen.ttl)}
+		target = sighted(seen, sent)
 
 		if w.ear == nil {
 			w.ear = subscribers.join(m.node)
@@ -154,6 +158,11 @@ type sighting struct {
 	holder string
 	at     time.Time // when it was seen
 	end    time.Time // before which it cannot have expired
+}
+
+// sighted returns what was seen by a request sent at the time given.
+func sighted(seen sight, sent time.Time) *sighting {
+	return &sighting{holder: seen.holder, at: time.Now(), end: sent.Add(seen.ttl - pttlError)}
 }
 
 // fate tells how the hold, now gone, ended. If its tombstone may have expired,
