@@ -330,6 +330,7 @@ func TestWaitUntilUnlocked(t *testing.T) {
 func TestPeers(t *testing.T) {
 	rig.OnEach(t, func(t *testing.T, s *rig.Server) {
 		client, theirs := s.Client(), s.Client()
+		requests := count(client)
 		ctx := timeout(t)
 		peer := func(t *testing.T) *redsync.Mutex {
 			return redsync.New(goredis.NewPool(theirs)).NewMutex(t.Name(), redsync.WithExpiry(long))
@@ -380,9 +381,9 @@ func TestPeers(t *testing.T) {
 			told, gotten := watch(ctx, ours), lock(ctx, ours)
 			awaitQueue(t, client, t.Name(), 1)
 			awaitSubscribed(t, client, "dmutex-"+t.Name())
-			requests := count(client)
+			before := requests.n.Load()
 			require.NoError(t, theirs.Publish(ctx, "dmutex-"+t.Name(), "CHAN_CLOSE").Err())
-			rig.Eventually(t, "a look", func() bool { return requests.n.Load() > 0 })
+			rig.Eventually(t, "a look", func() bool { return requests.since(before) > 0 })
 			cancel()
 			require.ErrorIs(t, receive(t, told).err, context.Canceled)
 			require.ErrorIs(t, receive(t, gotten), context.Canceled)

@@ -73,7 +73,10 @@ func inBubble(t *testing.T, body func(t *testing.T, b *rig.Bubble, client *redis
 		b := rig.NewBubble(t)
 		defer b.Mini.Close()
 		client := b.Client()
-		defer client.Close()
+		defer func() {
+			_ = client.Close()
+			time.Sleep(time.Minute) // more than anything bounded may take to end
+		}()
 		body(t, b, client)
 	})
 }
@@ -163,7 +166,8 @@ func leftovers(client *redis.Client) (left []string) {
 	return left
 }
 
-// counter is a hook that counts a client's requests.
+// counter is a hook that counts a client's requests. It has to be put in before
+// the client is used by others.
 type counter struct{ n atomic.Int64 }
 
 func count(client *redis.Client) *counter {
@@ -171,6 +175,9 @@ func count(client *redis.Client) *counter {
 	client.AddHook(c)
 	return c
 }
+
+// since returns how many requests there were after a reading of n.
+func (c *counter) since(n int64) int64 { return c.n.Load() - n }
 
 func (c *counter) BeforeProcess(ctx context.Context, _ redis.Cmder) (context.Context, error) {
 	c.n.Add(1)

@@ -36,6 +36,11 @@ const (
 
 	// cleanUpTime bounds a release, whatever the caller's ctx.
 	cleanUpTime = 10 * time.Second
+
+	// faultTime is for how long after its start an Unlock that met a fault is tried
+	// again, and faultPause how soon.
+	faultTime  = time.Second
+	faultPause = 10 * time.Millisecond
 )
 
 var (
@@ -289,10 +294,24 @@ func (c *claim) try(ctx context.Context) (sight, error) {
 func (c *claim) until() time.Time { return c.mutex.Until() }
 
 // release gives the lock back. The error matches ErrLockLost if it was lost
-// before. It takes no notice of the end of ctx and is bounded by cleanUpTime.
+// before. It takes no notice of the end of ctx, and is bounded by cleanUpTime. A
+// fault that passes is not told: after a restart all of a client's pooled
+// connections may be dead, and go-redis tries no more than four.
 func (c *claim) release(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTime)
 	defer cancel()
+	for start := time.Now(); ; {
+		err := c.releaseOnce(ctx)
+		if err == nil || !transient(err) || time.Since(start) > faultTime {
+			return err
+		}
+		if sleep(ctx, faultPause) != nil {
+			return err
+		}
+	}
+}
+
+func (c *claim) releaseOnce(ctx context.Context) error {
 	c.port.ending = true
 	released, err := c.mutex.UnlockContext(ctx)
 	var taken *redsync.ErrTaken
@@ -442,7 +461,9 @@ func (e *noAnswerError) Timeout() bool      { return true }
 
 // transient tells an error that may pass while a waiter waits from one that ends
 // the wait: the client is closed, or the server refuses.
-func transient(err error) bool { return !errors.Is(err, redis.ErrClosed) && !refused(err) }
+func transient(err error) bool {
+	return !errors.Is(err, redis.ErrClosed) && !errors.Is(err, ErrLockLost) && !refused(err)
+}
 
 // refused tells an answer of the server that asking again will not change.
 func refused(err error) bool {
