@@ -26,6 +26,9 @@ const (
 )
 
 func TestMain(m *testing.M) {
+	if work := os.Getenv(workerEnv); work != "" {
+		worker(work)
+	}
 	redis.SetLogger(silent{}) // it speaks of every connection that a test cuts
 	code := m.Run()
 	if left := goroutinesLeft(); left != "" && code == 0 {
@@ -153,8 +156,17 @@ func requireClean(t testing.TB, client *redis.Client) {
 	t.Helper()
 	rig.Eventually(t, "nothing left in Redis", func() bool { return len(leftovers(client)) == 0 })
 	for _, key := range client.Keys(context.Background(), "*").Val() {
-		require.Positive(t, client.PTTL(context.Background(), key).Val(), "expiry of %q", key)
+		require.NotEqual(t, time.Duration(-1), client.PTTL(context.Background(), key).Val(), "%q never expires", key)
 	}
+}
+
+// awaitEnded waits until a ticket for key has been ended: it can never hold the
+// lock from then on.
+func awaitEnded(t testing.TB, client *redis.Client, key string) {
+	t.Helper()
+	rig.Eventually(t, "the ticket is ended", func() bool {
+		return len(client.Keys(context.Background(), key+"{*:dmutex:ended:*").Val()) > 0
+	})
 }
 
 func leftovers(client *redis.Client) (left []string) {

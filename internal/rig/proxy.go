@@ -19,7 +19,8 @@ type Proxy struct {
 
 	mu      sync.Mutex // guards the fields below
 	delay   time.Duration
-	holed   bool // nothing passes, and nobody is told
+	holed   bool   // nothing passes, and nobody is told
+	holedOn string // the same on connections on which a request had this in it
 	refuses bool // new connections are closed at once
 	losing  []*loss
 	links   map[*link]struct{}
@@ -43,7 +44,9 @@ const (
 
 type link struct {
 	client, server net.Conn
-	lose           *Loss // what happens to the next reply; guarded by Proxy.mu
+
+	lose  *Loss // what happens to the next reply; guarded by Proxy.mu
+	holed bool  // guarded by Proxy.mu
 }
 
 // NewProxy starts a proxy to target on a loopback port; it ends with the test.
@@ -73,6 +76,10 @@ func (p *Proxy) Delay(d time.Duration) { p.set(func() { p.delay = d }) }
 // What was sent meanwhile is gone.
 func (p *Proxy) BlackHole(on bool) { p.set(func() { p.holed = on }) }
 
+// BlackHoleOn does the same to each connection on which a request contains to, now
+// or before long, but only to what the server sends.
+func (p *Proxy) BlackHoleOn(to string) { p.set(func() { p.holedOn = to }) }
+
 // Refuse closes new connections at once.
 func (p *Proxy) Refuse(on bool) { p.set(func() { p.refuses = on }) }
 
@@ -94,9 +101,15 @@ func (p *Proxy) CutAll() {
 	})
 }
 
-// Links tells how many connections there are.
-func (p *Proxy) Links() (n int) {
-	p.set(func() { n = len(p.links) })
+// BlackHoles tells on how many connections BlackHoleOn has worked.
+func (p *Proxy) BlackHoles() (n int) {
+	p.set(func() {
+		for l := range p.links {
+			if l.holed {
+				n++
+			}
+		}
+	})
 	return n
 }
 
@@ -164,6 +177,9 @@ func (p *Proxy) request(l *link, data []byte) (pass, cut bool) {
 	if p.holed {
 		return false, false
 	}
+	if p.holedOn != "" && bytes.Contains(data, []byte(p.holedOn)) {
+		l.holed = true
+	}
 	for i, loss := range p.losing {
 		if bytes.Contains(data, []byte(loss.to)) {
 			p.losing = append(p.losing[:i:i], p.losing[i+1:]...)
@@ -181,5 +197,5 @@ func (p *Proxy) reply(l *link, _ []byte) (pass, cut bool) {
 	if how := l.lose; how != nil {
 		return false, *how == Cut
 	}
-	return !p.holed, false
+	return !p.holed && !l.holed, false
 }
