@@ -1,3 +1,69 @@
+// Package dmutex is a distributed mutex on Redis: at most one of the processes
+// that use the same key holds it, waiters get it promptly and in the order in
+// which they came, and a bystander can wait until it is free and learn whether the
+// holder finished or ran out of time.
+//
+// # What is guaranteed
+//
+//   - Exclusion: on one Redis that keeps its data, two holds of a key do not
+//     overlap, for as long as each holder stops working when its ttl is over. The
+//     ttl counts from before the request for the lock was sent, on the holder's
+//     own monotonic clock, less 1 % for the drift of clocks; no server's clock is
+//     ever compared with it.
+//   - Liveness: every hold ends. A holder that dies keeps the lock for its ttl and
+//     not longer.
+//   - Order: first come, first served, by the server's clock, among waiters that
+//     live. A try may not overtake them.
+//   - Truth: what is not known is not said. A lost reply never makes a lock that
+//     was granted look taken, or a release look lost; a request whose outcome is
+//     unknown is followed by one that undoes it.
+//   - Cleanliness: no key without expiry, and no goroutine, connection or
+//     subscription a few seconds after the last wait. A mutex that nobody has to
+//     wait for starts nothing.
+//
+// # What is not
+//
+// A lock with a ttl is a lease. A process that is stopped for longer than that (a
+// long garbage collection, a suspended machine) does not know it when it wakes, and
+// may write after the next holder has begun. If that would corrupt data, and not
+// merely do work twice, the storage has to refuse the late writer, by a fencing
+// token or a condition on the version that was read; see Martin Kleppmann, "How to
+// do distributed locking" (2016).
+//
+// Redis replicates asynchronously: a failover to a replica can lose a lock that
+// was just granted, and grant it again. It counts a ttl on its wall clock: a step
+// of that clock makes ttls end early or late.
+//
+// A mutex is not re-entrant: a second Lock waits for the first one's Unlock.
+//
+// # How it works
+//
+// Each attempt has a ticket, "<inbox>.<random>", chosen before anything is sent;
+// the lock is held by the ticket that is the value of its key. redsync runs
+// acquire and release, with our two scripts in place of its own:
+//
+//	Lock    acquire ──▶ lock is free, nobody waits: its value is the ticket now
+//	           │
+//	           └──────▶ taken: the ticket is in the queue. The waiter sleeps until
+//	                    a message for it comes, the holder's ttl is over, or some
+//	                    seconds have passed, and runs acquire again
+//
+//	Unlock  release ──▶ in one step: the key is deleted, the release is published
+//	                    on "dmutex-<key>", and the lock is handed over: the first
+//	                    ticket in the queue is published in its inbox. If somebody
+//	                    listens there, the lock's value is that ticket, for a grace
+//	                    of a second in which it has to claim it with acquire; if
+//	                    not, its process is gone, and the next one's turn has come
+//
+// So a release wakes one waiter, however many there are, and nobody can come in
+// between, plain redsync included, because the key exists. All waiters of a client
+// share one subscription. Messages are hints: the truth is the lock's value, and
+// nothing waits for a message alone.
+//
+// A ticket that was ended leaves a tombstone for 15 seconds, so that a repeat of
+// its release, after a lost reply, is told apart from a lock that was lost; so that
+// a request for the lock that arrives after its own clean-up finds it ended; and so
+// that WaitUntilUnlocked can tell a release from an expiry.
 package dmutex
 
 import (
@@ -11,7 +77,7 @@ import (
 )
 
 // DMutex is a distributed mutex. Its methods are documented at [Mutex], which
-// implements it; it will have these five for ever, so it is safe to mock.
+// implements it. It will have these five for ever, so that it can be mocked.
 type DMutex interface {
 	Lock(ctx context.Context) error
 	TryLock(ctx context.Context) (acquired bool, err error)
@@ -22,7 +88,15 @@ type DMutex interface {
 
 var _ DMutex = (*Mutex)(nil)
 
-// Mutex is one user's view of the lock with a certain key in Redis.
+// Mutex is a user of the lock with a certain key in Redis. All mutexes with one key
+// on one Redis, in this process or another, exclude each other.
+//
+// Its methods may be called by several goroutines at once. Those who share a mutex
+// cannot be told apart, so each Lock or TryLock that got the lock must be followed
+// by one Unlock, even if the ttl has run out: an Unlock that comes late is never
+// taken for one of a newer hold.
+//
+// The zero value is of no use; its methods return an error.
 type Mutex struct {
 	key   string
 	names names
@@ -40,8 +114,21 @@ type Mutex struct {
 // Option changes how a Mutex works. There are none yet.
 type Option interface{ apply(*Mutex) }
 
+// New returns a mutex for the lock with the given key on client's Redis. A hold
+// lasts for ttl, in whole milliseconds, unless it is released before; choose it
+// longer than the work takes with everything that may delay it, but no longer than
+// the others can wait if the holder dies.
+//
+// client is a *redis.Client, from NewClient or NewFailoverClient, or a pointer to a
+// type that wraps one. It is the caller's to close; when it is closed, all waits on
+// it end with an error.
+//
+// New makes no request and starts nothing, so it may be called for every use. It
+// never fails: an empty key, a ttl under a millisecond, and a client that is nil, a
+// *redis.Ring (whose nodes could each grant the lock) or a *redis.ClusterClient
+// (not supported yet) make every method return an error and send nothing.
 func New(key string, ttl time.Duration, client redis.UniversalClient, opts ...Option) *Mutex {
-	m := &Mutex{key: key, ttl: ttl}
+	m := &Mutex{key: key, ttl: ttl.Truncate(time.Millisecond)}
 	m.node, m.err = nodeOf(client)
 	switch {
 	case key == "":
@@ -59,6 +146,15 @@ func New(key string, ttl time.Duration, client redis.UniversalClient, opts ...Op
 	return m
 }
 
+// Lock waits until it holds the lock or ctx ends, whatever the number of others and
+// however long that takes. It returns as soon as ctx ends, and then does not hold
+// the lock: if it was granted at that moment it is passed on.
+//
+// Any error is an [*ErrFailedToLock]. It matches ctx.Err() if ctx ended;
+// [ErrNoExpiry] or the server's answer if the key holds something that is no lock;
+// redis.ErrClosed if the client is closed; and the network's error if Redis could
+// not be reached at the first try. Once it waits, a fault that may pass does not
+// end it.
 func (m *Mutex) Lock(ctx context.Context) error {
 	c, err := m.lock(ctx)
 	if err != nil {
@@ -75,6 +171,11 @@ func (m *Mutex) lock(ctx context.Context) (*claim, error) {
 	return m.acquire(ctx)
 }
 
+// TryLock takes the lock if it is free and nobody waits for it, in one round trip.
+// If somebody else holds it the result is (false, nil).
+//
+// Any error is an [*ErrFailedToLock], which matches what that of Lock does; the lock
+// is not held then. An answer that came when the ttl was over already is an error.
 func (m *Mutex) TryLock(ctx context.Context) (acquired bool, err error) {
 	if acquired, err = m.tryLock(ctx); err != nil {
 		return false, &ErrFailedToLock{Key: m.key, Err: err}
@@ -103,6 +204,15 @@ func (m *Mutex) tryLock(ctx context.Context) (bool, error) {
 	return false, nil
 }
 
+// Unlock releases the lock and hands it to the first who waits, in one round trip.
+// It takes no notice of the end of ctx, as a release must not be left out; it is
+// tried for about a second if Redis cannot be reached, and bounded by ten seconds.
+//
+// Any error is an [*ErrFailedToUnlock]. If it matches [ErrNotHeld], this mutex holds
+// nothing: it never did, or was unlocked already. If it matches [ErrLockLost], the
+// hold had ended before, by expiry or by a third party, and somebody else may hold
+// the lock; nothing was changed. With any other error it is not known whether the
+// lock was released. Unlock may then be called again; it ends with the ttl anyway.
 func (m *Mutex) Unlock(ctx context.Context) error {
 	if err := m.unlock(ctx); err != nil {
 		return &ErrFailedToUnlock{Key: m.key, Err: err}
@@ -125,6 +235,21 @@ func (m *Mutex) unlock(ctx context.Context) error {
 	return err
 }
 
+// WaitUntilUnlocked waits until the hold that is there when it is called ends, or
+// ctx does. The result is false if it was released, or if the lock is free; true if
+// its ttl ran out, which means that the holder died, hangs or took too long. It
+// says nothing of who holds the lock now: it may have been handed on at once.
+//
+// After a failed TryLock of this mutex it is the hold that made it fail which is
+// waited for, even if it has ended since, so nothing is missed in between.
+//
+// A hold whose key was deleted by a third party has not run out, and counts as
+// released. Of one that speaks another protocol (plain redsync, which tells nobody
+// that it releases), the end is noticed within 250 ms and taken for a release if
+// its ttl was not over by then.
+//
+// The error matches ctx.Err() if ctx ended, and else what that of Lock does. The ttl
+// of this mutex does not matter.
 func (m *Mutex) WaitUntilUnlocked(ctx context.Context) (isTTLExpired bool, err error) {
 	if err := m.check(ctx); err != nil {
 		return false, m.failed("wait for", err)
@@ -133,6 +258,9 @@ func (m *Mutex) WaitUntilUnlocked(ctx context.Context) (isTTLExpired bool, err e
 	return isTTLExpired, m.failed("wait for", err)
 }
 
+// LockedUntil returns the remaining ttl of whoever holds the lock, in whole
+// milliseconds, in one round trip; 0 if it is free. The error matches [ErrNoExpiry]
+// if the key never expires, and else ctx.Err() or what went wrong.
 func (m *Mutex) LockedUntil(ctx context.Context) (time.Duration, error) {
 	if err := m.check(ctx); err != nil {
 		return 0, m.failed("look at", err)
@@ -149,6 +277,7 @@ func (m *Mutex) LockedUntil(ctx context.Context) (time.Duration, error) {
 	return seen.ttl, nil
 }
 
+// failed returns err as an error of a call that has no error type of its own.
 func (m *Mutex) failed(what string, err error) error {
 	if err == nil {
 		return nil
@@ -156,6 +285,7 @@ func (m *Mutex) failed(what string, err error) error {
 	return fmt.Errorf("dmutex: failed to %s %q: %w", what, m.key, err)
 }
 
+// check returns the error of bad arguments, to this call or to New.
 func (m *Mutex) check(ctx context.Context) error {
 	switch {
 	case ctx == nil:

@@ -30,9 +30,10 @@ const (
 	// settings (four times 3 s and the pauses between).
 	tombstoneTTL = 15 * time.Second
 
-	// minAnswerTime is what redsync waits for an answer even if the ttl is
-	// shorter: whether it came in time is decided when it is here.
+	// An answer is waited for as long as the ttl, but within these bounds. It may
+	// be of use only if it comes within the ttl, but that is decided when it is here.
 	minAnswerTime = 5 * time.Second
+	maxAnswerTime = time.Hour
 
 	// cleanUpTime bounds a release, whatever the caller's ctx.
 	cleanUpTime = 10 * time.Second
@@ -91,17 +92,20 @@ func namesOf(key string) names {
 // that contains a closing brace but no tag there is no such name: its other keys
 // lie in other slots.
 func hashBase(key string) string {
-	opening := strings.IndexByte(key, '{')
 	switch {
-	case opening >= 0 && strings.IndexByte(key[opening:], '}') > 1:
-		return key
 	case strings.Contains(key, "}"):
 		return key
-	case opening >= 0:
+	case strings.Contains(key, "{"):
 		return "{" + key + "}"
 	default:
 		return key + "{" + key + "}"
 	}
+}
+
+// inOneSlot tells whether all names of a lock hash to the slot of its key.
+func inOneSlot(key string) bool {
+	_, tail, opened := strings.Cut(key, "{")
+	return !strings.Contains(key, "}") || opened && strings.IndexByte(tail, '}') > 0
 }
 
 func (n names) tombstone(ticket string) string { return n.ended + ticket }
@@ -256,7 +260,7 @@ func newClaim(n node, names names, ttl time.Duration, inbox string) *claim {
 		port:   p,
 		mutex: redsync.New(p).NewMutex(names.lock,
 			redsync.WithExpiry(ttl),
-			redsync.WithTimeoutFactor(max(1, float64(minAnswerTime)/float64(ttl))),
+			redsync.WithTimeoutFactor(float64(min(max(ttl, minAnswerTime), maxAnswerTime))/float64(ttl)),
 			redsync.WithGenValueFunc(func() (string, error) { return p.ticket, nil }),
 		),
 	}
