@@ -1,0 +1,88 @@
+package dmutex_test
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+
+	"github.com/go-redsync/redsync/v4"
+	"github.com/go-redsync/redsync/v4/redis/goredis/v8"
+	"github.com/stretchr/testify/require"
+
+	"github.com/omniful/go_commons/dmutex"
+	"github.com/omniful/go_commons/dmutex/internal/rig"
+)
+
+// A lock and its release that nobody waits for, beside plain redsync's and the two
+// requests that both come down to.
+func BenchmarkUncontended(b *testing.B) {
+	s := rig.Redis(b)
+	ctx := context.Background()
+	b.Run("dmutex", func(b *testing.B) {
+		m := dmutex.New("k", long, s.Client())
+		b.ReportAllocs()
+		for b.Loop() {
+			require.NoError(b, m.Lock(ctx))
+			require.NoError(b, m.Unlock(ctx))
+		}
+	})
+	b.Run("redsync", func(b *testing.B) {
+		m := redsync.New(goredis.NewPool(s.Client())).NewMutex("k")
+		b.ReportAllocs()
+		for b.Loop() {
+			require.NoError(b, m.LockContext(ctx))
+			_, err := m.UnlockContext(ctx)
+			require.NoError(b, err)
+		}
+	})
+	b.Run("SET NX and DEL", func(b *testing.B) {
+		client := s.Client()
+		b.ReportAllocs()
+		for b.Loop() {
+			require.True(b, client.SetNX(ctx, "k", "v", long).Val())
+			require.EqualValues(b, 1, client.Del(ctx, "k").Val())
+		}
+	})
+}
+
+// One turn of a lock that so many want, each on a client of its own.
+func BenchmarkHandOver(b *testing.B) {
+	for _, waiters := range []int{2, 8, 32, 128} {
+		b.Run(fmt.Sprint(waiters), func(b *testing.B) {
+			s := rig.Redis(b)
+			ctx := context.Background()
+			var (
+				wg   sync.WaitGroup
+				left = b.N // guarded by the lock
+			)
+			holder := locked(b, "k", long, s.Client())
+			var requests []*counter
+			for range waiters {
+				client := s.Client()
+				requests = append(requests, count(client))
+				m := dmutex.New("k", long, client)
+				wg.Go(func() {
+					for more := true; more; {
+						if m.Lock(ctx) != nil {
+							return
+						}
+						left--
+						more = left > 0
+						_ = m.Unlock(ctx)
+					}
+				})
+			}
+			awaitQueue(b, s.Client(), "k", int64(waiters))
+			b.ResetTimer()
+			require.NoError(b, holder.Unlock(ctx))
+			wg.Wait()
+			b.StopTimer()
+			sum := int64(0)
+			for _, c := range requests {
+				sum += c.n.Load()
+			}
+			b.ReportMetric(float64(sum)/float64(b.N), "requests/op")
+		})
+	}
+}
