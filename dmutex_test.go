@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -541,5 +542,27 @@ func TestErrorsAreMatched(t *testing.T) {
 		require.ErrorIs(t, wrapped, cause)
 		require.Contains(t, wrapped.Error(), `"k"`)
 		require.Contains(t, wrapped.Error(), "cause")
+	}
+}
+
+// What the README shows is what runs as an Example.
+func TestReadmeSnippetsAreExamples(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	require.NoError(t, err)
+	examples, err := os.ReadFile("example_test.go")
+	require.NoError(t, err)
+	snippets := strings.Split(string(readme), "```go\n")[1:]
+	require.NotEmpty(t, snippets)
+	for _, snippet := range snippets {
+		snippet, _, _ = strings.Cut(snippet, "```")
+		if imports, found := strings.CutPrefix(snippet, "import (\n"); found {
+			require.Contains(t, string(examples), strings.TrimSuffix(imports, ")\n"))
+			continue
+		}
+		var indented strings.Builder
+		for line := range strings.Lines(snippet) {
+			indented.WriteString("\t" + line)
+		}
+		require.Contains(t, string(examples), indented.String())
 	}
 }

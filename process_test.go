@@ -1,0 +1,86 @@
+//go:build unix
+
+package dmutex_test
+
+import (
+	"bufio"
+	"os"
+	"os/exec"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/omniful/go_commons/dmutex"
+	"github.com/omniful/go_commons/dmutex/internal/rig"
+)
+
+// startWorker starts a process that waits for the lock. What it prints comes out
+// of the channel.
+func startWorker(t *testing.T, addr string) (*exec.Cmd, <-chan string) {
+	t.Helper()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), workerEnv+"="+addr)
+	stdin, err := cmd.StdinPipe()
+	require.NoError(t, err)
+	stdout, err := cmd.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, cmd.Start())
+	t.Cleanup(func() {
+		_ = stdin.Close()
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	lines := make(chan string, 10)
+	go func() {
+		for scanner := bufio.NewScanner(stdout); scanner.Scan(); {
+			lines <- scanner.Text()
+		}
+	}()
+	return cmd, lines
+}
+
+func TestWaitingProcessDies(t *testing.T) {
+	const grace = time.Second
+	t.Run("killed", func(t *testing.T) {
+		rig.OnEach(t, func(t *testing.T, s *rig.Server) {
+			ctx := timeout(t)
+			client := s.Client()
+			holder, next := locked(t, "k", long, client), dmutex.New("k", long, client)
+			first, _ := startWorker(t, s.Addr)
+			awaitQueue(t, client, "k", 1)
+			gotten := lock(ctx, next)
+			awaitQueue(t, client, "k", 2)
+			require.NoError(t, first.Process.Kill())
+			_ = first.Wait()
+			rig.Eventually(t, "the server sees it", func() bool {
+				return len(client.PubSubChannels(ctx, "dmutex-inbox:*").Val()) == 1
+			})
+			start := time.Now()
+			require.NoError(t, holder.Unlock(ctx))
+			require.NoError(t, receive(t, gotten))
+			require.Less(t, time.Since(start), grace)
+			require.NoError(t, next.Unlock(ctx))
+		})
+	})
+	t.Run("stopped", func(t *testing.T) {
+		rig.OnEach(t, func(t *testing.T, s *rig.Server) {
+			ctx := timeout(t)
+			client := s.Client()
+			holder, next := locked(t, "k", long, client), dmutex.New("k", long, client)
+			first, said := startWorker(t, s.Addr)
+			awaitQueue(t, client, "k", 1)
+			gotten := lock(ctx, next)
+			awaitQueue(t, client, "k", 2)
+			require.NoError(t, first.Process.Signal(syscall.SIGSTOP))
+			start := time.Now()
+			require.NoError(t, holder.Unlock(ctx))
+			require.NoError(t, receive(t, gotten))
+			require.Less(t, time.Since(start), 2*grace)
+			require.NoError(t, first.Process.Signal(syscall.SIGCONT))
+			require.NoError(t, next.Unlock(ctx))
+			require.Equal(t, "held", receive(t, said), "it is alive after all")
+		})
+	})
+}
