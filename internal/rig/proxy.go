@@ -21,7 +21,7 @@ type Proxy struct {
 	delay   time.Duration
 	holed   bool   // nothing passes, and nobody is told
 	holedOn string // the same on connections on which a request had this in it
-	refuses bool // new connections are closed at once
+	refuses bool   // new connections are closed at once
 	losing  []*loss
 	links   map[*link]struct{}
 	closed  bool
