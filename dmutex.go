@@ -93,8 +93,9 @@ var _ DMutex = (*Mutex)(nil)
 //
 // Its methods may be called by several goroutines at once. Those who share a mutex
 // cannot be told apart, so each Lock or TryLock that got the lock must be followed
-// by one Unlock, even if the ttl has run out: an Unlock that comes late is never
-// taken for one of a newer hold.
+// by one Unlock, even if the ttl has run out: then an Unlock that comes late is not
+// taken for one of a newer hold. If one is left out, a later one answers
+// [ErrLockLost] in its stead, and releases nothing.
 //
 // The zero value is of no use; its methods return an error.
 type Mutex struct {
@@ -119,17 +120,18 @@ type Option interface{ apply(*Mutex) }
 // longer than the work takes with everything that may delay it, but no longer than
 // the others can wait if the holder dies.
 //
-// client is a *redis.Client, from NewClient or NewFailoverClient, or a pointer to a
-// type that wraps one. It is the caller's to close; when it is closed, all waits on
-// it end with an error.
+// client is a *redis.Client, from NewClient or NewFailoverClient, a
+// *redis.ClusterClient, or a pointer to a type that embeds one. It is the caller's to
+// close; when it is closed, all waits on it end with an error.
 //
 // New makes no request and starts nothing, so it may be called for every use. It
-// never fails: an empty key, a ttl under a millisecond, and a client that is nil, a
-// *redis.Ring (whose nodes could each grant the lock) or a *redis.ClusterClient
-// (not supported yet) make every method return an error and send nothing.
+// never fails: an empty key, a ttl under a millisecond, and a client that is nil or
+// a *redis.Ring (whose nodes could each grant the lock) make every method return an
+// error and send nothing. So does a key that Redis Cluster cannot serve, with a
+// cluster client: one with a closing brace but no hash tag.
 func New(key string, ttl time.Duration, client redis.UniversalClient, opts ...Option) *Mutex {
 	m := &Mutex{key: key, ttl: ttl.Truncate(time.Millisecond)}
-	m.node, m.err = nodeOf(client)
+	m.node, m.err = nodeOf(client, key)
 	switch {
 	case key == "":
 		m.err = errors.New("key is empty")
@@ -165,7 +167,7 @@ func (m *Mutex) Lock(ctx context.Context) error {
 }
 
 func (m *Mutex) lock(ctx context.Context) (*claim, error) {
-	if err := m.check(ctx); err != nil {
+	if err := m.checkWith(ctx); err != nil {
 		return nil, err
 	}
 	return m.acquire(ctx)
@@ -184,7 +186,7 @@ func (m *Mutex) TryLock(ctx context.Context) (acquired bool, err error) {
 }
 
 func (m *Mutex) tryLock(ctx context.Context) (bool, error) {
-	if err := m.check(ctx); err != nil {
+	if err := m.checkWith(ctx); err != nil {
 		return false, err
 	}
 	c := newClaim(m.node, m.names, m.ttl, newInbox())
@@ -200,6 +202,9 @@ func (m *Mutex) tryLock(ctx context.Context) (bool, error) {
 	case seen.ttl < 0:
 		return false, ErrNoExpiry
 	}
+	if time.Since(sent) > repeatFloor {
+		c.abandon(ctx) // an earlier copy of the request may still be on its way
+	}
 	m.seen.Store(sighted(seen, sent))
 	return false, nil
 }
@@ -212,7 +217,9 @@ func (m *Mutex) tryLock(ctx context.Context) (bool, error) {
 // nothing: it never did, or was unlocked already. If it matches [ErrLockLost], the
 // hold had ended before, by expiry or by a third party, and somebody else may hold
 // the lock; nothing was changed. With any other error it is not known whether the
-// lock was released. Unlock may then be called again; it ends with the ttl anyway.
+// lock was released; that is tried on in the background for ten seconds, and it ends
+// with the ttl anyway. Unlock may then be called again, as long as nobody has locked
+// this mutex anew: goroutines that share it had better not.
 func (m *Mutex) Unlock(ctx context.Context) error {
 	if err := m.unlock(ctx); err != nil {
 		return &ErrFailedToUnlock{Key: m.key, Err: err}
@@ -224,13 +231,14 @@ func (m *Mutex) unlock(ctx context.Context) error {
 	if err := m.check(ctx); err != nil {
 		return err
 	}
-	g, err := m.holds.take()
+	c, err := m.holds.take()
 	if err != nil {
 		return err
 	}
-	err = g.release(ctx)
+	err = c.release(ctx)
 	if err != nil && !errors.Is(err, ErrLockLost) {
-		m.holds.putBack(g)
+		m.holds.putBack(c)
+		c.abandon(ctx)
 	}
 	return err
 }
@@ -241,17 +249,20 @@ func (m *Mutex) unlock(ctx context.Context) error {
 // says nothing of who holds the lock now: it may have been handed on at once.
 //
 // After a failed TryLock of this mutex it is the hold that made it fail which is
-// waited for, even if it has ended since, so nothing is missed in between.
+// waited for, even if it has ended since, so nothing is missed in between. That is
+// remembered until it has been told once, or this mutex gets the lock; goroutines
+// that share a mutex share this memory too.
 //
 // A hold whose key was deleted by a third party has not run out, and counts as
 // released. Of one that speaks another protocol (plain redsync, which tells nobody
 // that it releases), the end is noticed within 250 ms and taken for a release if
 // its ttl was not over by then.
 //
-// The error matches ctx.Err() if ctx ended, and else what that of Lock does. The ttl
-// of this mutex does not matter.
+// The error matches ctx.Err() if ctx ended, [ErrFateUnknown] if the hold has ended
+// but Redis was out of reach for so long that it has forgotten how, and else what
+// that of Lock does. The ttl of this mutex does not matter.
 func (m *Mutex) WaitUntilUnlocked(ctx context.Context) (isTTLExpired bool, err error) {
-	if err := m.check(ctx); err != nil {
+	if err := m.checkWith(ctx); err != nil {
 		return false, m.failed("wait for", err)
 	}
 	isTTLExpired, err = m.watch(ctx)
@@ -262,7 +273,7 @@ func (m *Mutex) WaitUntilUnlocked(ctx context.Context) (isTTLExpired bool, err e
 // milliseconds, in one round trip; 0 if it is free. The error matches [ErrNoExpiry]
 // if the key never expires, and else ctx.Err() or what went wrong.
 func (m *Mutex) LockedUntil(ctx context.Context) (time.Duration, error) {
-	if err := m.check(ctx); err != nil {
+	if err := m.checkWith(ctx); err != nil {
 		return 0, m.failed("look at", err)
 	}
 	seen, err := look(ctx, m.node, m.names, "")
@@ -294,6 +305,14 @@ func (m *Mutex) check(ctx context.Context) error {
 		return errors.New("mutex was not made by New")
 	}
 	return m.err
+}
+
+// checkWith is check for a call that does nothing once ctx has ended.
+func (m *Mutex) checkWith(ctx context.Context) error {
+	if err := m.check(ctx); err != nil {
+		return err
+	}
+	return ctxErr(ctx)
 }
 
 // granted records that c got the lock.

@@ -15,6 +15,12 @@ var (
 	// under that hold may have overlapped with the next holder's.
 	ErrLockLost = errors.New("dmutex: lock was lost before it was released")
 
+	// ErrFateUnknown is matched by the error of a WaitUntilUnlocked that saw a hold,
+	// and later saw that it was gone, but was cut off from Redis for longer than
+	// Redis remembers how a hold ended (about 15 seconds). The hold was released or
+	// ran out; which of them is not known.
+	ErrFateUnknown = errors.New("dmutex: the hold has ended, but not known how")
+
 	// ErrNoExpiry is matched when the key holds a value that never expires. No
 	// lock does, so the key is somebody's data, or was made permanent by hand.
 	// It is left as it is.

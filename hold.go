@@ -1,9 +1,6 @@
 package dmutex
 
-import (
-	"sync"
-	"time"
-)
+import "sync"
 
 // holds is what a mutex holds, and which Unlocks its users still owe it. The
 // callers of one mutex cannot be told apart, so the oldest grant is taken to be
@@ -12,69 +9,50 @@ import (
 type holds struct {
 	mu sync.Mutex // guards the fields below
 
-	current *grant // the newest grant, nil if there is none or its Unlock is under way
+	current *claim // the newest grant, nil if there is none or its Unlock is under way
+	tried   bool   // an Unlock of current got no answer; whether it is repeated is not known
 	owed    int    // older grants, all lost, that have not been unlocked
-
-	// An Unlock that failed without an answer may be called again, or not. Once
-	// there is a newer grant, one more Unlock is taken for the repeat until then.
-	repeatUntil time.Time
 }
 
-// grant is one time that the lock was got.
-type grant struct {
-	*claim
-	unlockTried bool // an Unlock was called that may have been for this grant
-}
-
-// add records a new grant. Any older one has been lost: the lock was free.
+// add records a new grant. Any other has been lost: the lock was free. Which one is
+// newer does not depend on who comes here first.
 func (h *holds) add(c *claim) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.supersedeLocked(h.current)
-	h.current = &grant{claim: c}
-}
-
-func (h *holds) supersedeLocked(old *grant) {
 	switch {
-	case old == nil:
-	case old.unlockTried:
-		h.repeatUntil = old.until()
+	case h.current == nil || h.tried:
+		h.current, h.tried = c, false
+	case c.until().Before(h.current.until()):
+		h.owed++
 	default:
+		h.current = c
 		h.owed++
 	}
 }
 
 // take returns the grant that the calling Unlock is to release, which nobody else
 // will get; or ErrLockLost if the grant that it is for was lost, or ErrNotHeld.
-func (h *holds) take() (*grant, error) {
+func (h *holds) take() (*claim, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	switch {
 	case h.owed > 0:
 		h.owed--
 		return nil, ErrLockLost
-	case time.Now().Before(h.repeatUntil):
-		h.repeatUntil = time.Time{}
-		if h.current != nil {
-			h.current.unlockTried = true
-		}
-		return nil, ErrLockLost
 	case h.current == nil:
 		return nil, ErrNotHeld
 	}
-	g := h.current
-	h.current = nil
-	return g, nil
+	c := h.current
+	h.current, h.tried = nil, false
+	return c, nil
 }
 
-// putBack undoes take after a release without an answer.
-func (h *holds) putBack(g *grant) {
+// putBack lets Unlock be called again after a release without an answer, unless
+// the mutex holds something newer.
+func (h *holds) putBack(c *claim) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	g.unlockTried = true
 	if h.current == nil {
-		h.current = g
-	} else {
-		h.supersedeLocked(g)
+		h.current, h.tried = c, true
 	}
 }

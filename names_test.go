@@ -79,7 +79,7 @@ func TestDeleteIsToldFromTouch(t *testing.T) {
 	ctx := context.Background()
 	plain := redsync.New(goredis.NewPool(client)).NewMutex("k", redsync.WithExpiry(time.Minute))
 
-	n, err := nodeOf(client)
+	n, err := nodeOf(client, "k")
 	require.NoError(t, err)
 	c := newClaim(n, namesOf("k"), time.Minute, newInbox())
 

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 
@@ -35,8 +36,20 @@ const (
 	minAnswerTime = 5 * time.Second
 	maxAnswerTime = time.Hour
 
-	// cleanUpTime bounds a release, whatever the caller's ctx.
+	// cleanUpTime bounds a release, whatever the caller's ctx. One that nobody waits
+	// for is repeated after firstPause, and then ever more slowly.
 	cleanUpTime = 10 * time.Second
+	firstPause  = 200 * time.Millisecond
+
+	// A request that took longer than this may have been sent twice: go-redis repeats
+	// it after a read timeout, which nobody sets lower.
+	repeatFloor = 100 * time.Millisecond
+
+	// rerouteTime is for how long after its start a request is repeated that a
+	// cluster could not serve because a master failed or a slot moved; reroutePause
+	// is how soon, and about as long as the client takes to read the new map.
+	rerouteTime  = 2 * time.Second
+	reroutePause = 50 * time.Millisecond
 
 	// faultTime is for how long after its start an Unlock that met a fault is tried
 	// again, and faultPause how soon.
@@ -63,7 +76,7 @@ var (
 	errTooLate   = errors.New("the ttl was over before the answer came")
 	errNotUsable = errors.New("client is nil or was not made by its constructor")
 	errRing      = errors.New("client is a *redis.Ring, which can grant one lock twice")
-	errCluster   = errors.New("client is a *redis.ClusterClient, which is not supported yet")
+	errManySlots = errors.New("key has a closing brace but no hash tag, so Redis Cluster cannot keep its queue in its slot")
 )
 
 // names are the keys and the channel of one lock. All keys begin with the lock's,
@@ -110,6 +123,9 @@ func inOneSlot(key string) bool {
 
 func (n names) tombstone(ticket string) string { return n.ended + ticket }
 
+// deaf begins the tickets of a process that may not subscribe; see handover.lua.
+const deaf = "-"
+
 func inboxChannel(inbox string) string { return "dmutex-inbox:" + inbox }
 
 // newTicket returns a ticket whose hand-over is told to inbox.
@@ -126,7 +142,7 @@ func randomHex(n int) string {
 // isTicket tells our holders, who hand over, from plain redsync's and the
 // original package's, whose values are base64.
 func isTicket(value string) bool {
-	inbox, random, found := strings.Cut(value, ".")
+	inbox, random, found := strings.Cut(strings.TrimPrefix(value, deaf), ".")
 	return found && isHex(inbox) && isHex(random)
 }
 
@@ -136,21 +152,33 @@ func isHex(s string) bool {
 
 // node is the little that a lock asks of a Redis client.
 type node interface {
-	// run runs a script on the master that owns its keys.
+	// run runs a script on the master that owns the lock's key.
 	run(ctx context.Context, script *redis.Script, keys []string, args ...any) (any, error)
-	// subscribe returns a subscription, without channels yet, on that master.
+	// home returns that master, as far as the client knows.
+	home(ctx context.Context) (server, error)
+	// pool is for redsync.
+	pool() redsyncredis.Pool
+}
+
+// server is a node on which messages are published.
+type server interface {
+	// subscribe returns a subscription, without channels yet.
 	subscribe(ctx context.Context) *redis.PubSub
 	// shared is equal for all copies of one client, and comparable.
 	shared() any
 }
 
-// goredisNode is a node behind a go-redis v8 client.
-type goredisNode struct{ client redis.UniversalClient }
+// single is a server that a go-redis v8 client always talks to.
+type single struct{ client redis.UniversalClient }
 
-var _ node = goredisNode{}
+var (
+	_ node   = single{}
+	_ server = single{}
+	_ node   = cluster{}
+)
 
-// nodeOf checks that client can be used, without a request.
-func nodeOf(client redis.UniversalClient) (n node, err error) {
+// nodeOf checks that client can be used for key, without a request.
+func nodeOf(client redis.UniversalClient, key string) (n node, err error) {
 	if client == nil {
 		return nil, errNotUsable
 	}
@@ -160,51 +188,108 @@ func nodeOf(client redis.UniversalClient) (n node, err error) {
 		}
 	}()
 	client.Context()
-	switch client := client.(type) {
-	case *redis.Ring:
+	switch c := client.(type) { // by their methods, which types that embed them have too
+	case interface{ Options() *redis.RingOptions }:
 		return nil, errRing
-	case *redis.ClusterClient:
-		return nil, errCluster
-	case *redis.Client:
-		client.Options()
-	default:
-		if !reflect.ValueOf(client).Comparable() {
-			return nil, fmt.Errorf("client of type %T is not comparable: pass a pointer", client)
+	case clusterClient:
+		if c.Options(); !inOneSlot(key) {
+			return nil, errManySlots
 		}
+		return cluster{c, key}, nil
+	case interface{ Options() *redis.Options }:
+		c.Options()
 	}
-	return goredisNode{client}, nil
+	if !reflect.ValueOf(client).Comparable() {
+		return nil, fmt.Errorf("client of type %T is not comparable: pass a pointer", client)
+	}
+	return single{client}, nil
 }
 
-// run returns as soon as ctx ends. go-redis does not always: some dials and locks
-// on its way take no notice of ctx.
-func (n goredisNode) run(ctx context.Context, script *redis.Script, keys []string, args ...any) (any, error) {
-	if ctx.Done() == nil {
-		return script.Run(ctx, n.client, keys, args...).Result()
-	}
-	type reply struct {
-		value any
-		err   error
-	}
-	replied := make(chan reply, 1)
-	go func() {
-		value, err := script.Run(ctx, n.client, keys, args...).Result()
-		replied <- reply{value, err}
-	}()
-	select {
-	case r := <-replied:
-		return r.value, r.err
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
+func (s single) run(ctx context.Context, script *redis.Script, keys []string, args ...any) (any, error) {
+	return await(ctx, func() (any, error) { return script.Run(ctx, s.client, keys, args...).Result() })
 }
 
-func (n goredisNode) subscribe(ctx context.Context) *redis.PubSub { return n.client.Subscribe(ctx) }
+func (s single) home(context.Context) (server, error) { return s, nil }
 
-func (n goredisNode) shared() any {
-	if client, ok := n.client.(*redis.Client); ok {
+func (s single) pool() redsyncredis.Pool { return goredis.NewPool(s.client) }
+
+func (s single) subscribe(ctx context.Context) *redis.PubSub { return s.client.Subscribe(ctx) }
+
+func (s single) shared() any {
+	if client, ok := s.client.(interface{ Options() *redis.Options }); ok {
 		return client.Options() // WithContext copies the client, not the options
 	}
-	return n.client
+	return s.client
+}
+
+// cluster is the master of key in a Redis Cluster, whichever that is at the time.
+// Everything goes through that master's own client: the cluster client's routing
+// asks for a table of commands that it cannot read of Redis 7, each time anew, and
+// would have replicas answer.
+type cluster struct {
+	client clusterClient
+	key    string
+}
+
+type clusterClient interface {
+	redis.UniversalClient
+	Options() *redis.ClusterOptions
+	MasterForKey(ctx context.Context, key string) (*redis.Client, error)
+	ReloadState(ctx context.Context)
+}
+
+func (c cluster) master(ctx context.Context) (single, error) {
+	master, err := await(ctx, func() (*redis.Client, error) { return c.client.MasterForKey(ctx, c.key) })
+	return single{master}, err
+}
+
+func (c cluster) home(ctx context.Context) (server, error) { return c.master(ctx) }
+
+func (c cluster) pool() redsyncredis.Pool { return goredis.NewPool(c.client) }
+
+// run asks again for a while if the master is another one by now, does not answer,
+// or cannot answer yet.
+func (c cluster) run(ctx context.Context, script *redis.Script, keys []string, args ...any) (any, error) {
+	for start := time.Now(); ; {
+		master, err := c.master(ctx)
+		if err == nil {
+			var reply any
+			if reply, err = master.run(ctx, script, keys, args...); err == nil {
+				return reply, nil
+			}
+		}
+		if ctx.Err() != nil || !misrouted(err) || time.Since(start) > rerouteTime {
+			return nil, err
+		}
+		c.client.ReloadState(ctx)
+		if sleep(ctx, jitter(reroutePause, 2*reroutePause)) != nil {
+			return nil, err
+		}
+	}
+}
+
+// await returns what f does, but as soon as ctx ends. go-redis does not always: some
+// dials and locks on its way take no notice of ctx.
+func await[T any](ctx context.Context, f func() (T, error)) (T, error) {
+	if ctx.Done() == nil {
+		return f()
+	}
+	type result struct {
+		value T
+		err   error
+	}
+	done := make(chan result, 1)
+	go func() {
+		value, err := f()
+		done <- result{value, err}
+	}()
+	select {
+	case r := <-done:
+		return r.value, r.err
+	case <-ctx.Done():
+		var none T
+		return none, ctx.Err()
+	}
 }
 
 // sight is what a request saw of the lock.
@@ -215,30 +300,30 @@ type sight struct {
 	ttl    time.Duration // remaining, if taken; negative: no expiry
 	rank   int           // in the queue, 0 is next; -1: not in it
 	fate   string        // of the ticket asked about: "released", "ended" or unknown
+
+	unclaimed bool // the lock was handed to holder, who has not answered yet
 }
 
 // look sees who holds the lock and, if ticket is one, how that ended.
 func look(ctx context.Context, n node, names names, ticket string) (sight, error) {
-	keys := []string{names.lock}
-	if isTicket(ticket) {
-		keys = append(keys, names.tombstone(ticket))
+	if !isTicket(ticket) {
+		ticket = "" // has no tombstone
 	}
-	reply, err := n.run(ctx, lookScript, keys)
+	reply, err := n.run(ctx, lookScript, []string{names.lock, names.queue, names.tombstone(ticket)})
 	if err != nil {
 		return sight{}, given(ctx, err)
 	}
-	fields, ok := reply.([]any)
-	if !ok || len(fields) < 2 {
+	fields, _ := reply.([]any)
+	if len(fields) != 4 {
 		return sight{}, fmt.Errorf("unexpected reply %v", reply)
 	}
 	var seen sight
-	holder, held := fields[0].(string)
+	seen.holder, _ = fields[0].(string)
 	ttl, _ := fields[1].(int64)
-	seen.holder, seen.free = holder, !held
+	seen.free = ttl == -2
 	seen.ttl = time.Duration(ttl) * time.Millisecond
-	if len(fields) > 2 {
-		seen.fate, _ = fields[2].(string)
-	}
+	seen.unclaimed = fields[2] == int64(1)
+	seen.fate, _ = fields[3].(string)
 	return seen, nil
 }
 
@@ -251,10 +336,7 @@ type claim struct {
 }
 
 func newClaim(n node, names names, ttl time.Duration, inbox string) *claim {
-	p := &port{node: n, names: names, ticket: newTicket(inbox), grace: min(ttl, maxGrace)}
-	if n, ok := n.(goredisNode); ok {
-		p.Pool = goredis.NewPool(n.client)
-	}
+	p := &port{Pool: n.pool(), node: n, names: names, ticket: newTicket(inbox), grace: min(ttl, maxGrace)}
 	return &claim{
 		ticket: p.ticket,
 		port:   p,
@@ -274,6 +356,15 @@ func (c *claim) inLine(since string) {
 	}
 	c.port.since = since
 }
+
+// inbox is where a hand-over to the ticket is told.
+func (c *claim) inbox() string {
+	inbox, _, _ := strings.Cut(c.ticket, ".")
+	return inbox
+}
+
+// grace is for how long the lock is kept for the ticket when it is handed over.
+func (c *claim) grace() time.Duration { return c.port.grace }
 
 // place is where the ticket stands in the queue, to be taken over by another.
 func (c *claim) place() string { return c.port.since }
@@ -339,9 +430,9 @@ func (c *claim) abandon(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTime)
 	go func() {
 		defer cancel()
-		for {
+		for pause := firstPause; ; pause *= 2 {
 			_, err := port.release(ctx)
-			if err == nil || !transient(err) || sleep(ctx, retryPause()) != nil {
+			if err == nil || !transient(err) || sleep(ctx, jitter(pause/2, pause)) != nil {
 				return
 			}
 		}
@@ -469,19 +560,34 @@ func transient(err error) bool {
 	return !errors.Is(err, redis.ErrClosed) && !errors.Is(err, ErrLockLost) && !refused(err)
 }
 
+// misrouted tells an error that another master, or the same one in a moment, may
+// not give.
+func misrouted(err error) bool {
+	if !isAnswer(err) {
+		return !errors.Is(err, redis.ErrClosed)
+	}
+	return hasCode(err, passingInCluster)
+}
+
 // refused tells an answer of the server that asking again will not change.
 func refused(err error) bool {
+	return isAnswer(err) && !hasCode(err, passingInCluster) && !hasCode(err, passing)
+}
+
+// isAnswer tells an error that the server gave from one of the network or of the
+// client.
+func isAnswer(err error) bool {
 	var answer redis.Error
-	if !errors.As(err, &answer) {
-		return false // the network, or no free connection
-	}
-	for _, passing := range []string{ // older servers put words before those of a script's error
-		"LOADING ", "READONLY ", "CLUSTERDOWN ", "TRYAGAIN ", "MASTERDOWN ", "MOVED ", "ASK ",
-		"BUSY ", "OOM ", "MISCONF ", "NOREPLICAS ", "UNBLOCKED ", "max number of clients",
-	} {
-		if strings.Contains(answer.Error(), passing) {
-			return false
-		}
-	}
-	return true
+	return errors.As(err, &answer)
+}
+
+var (
+	passingInCluster = []string{"MOVED ", "ASK ", "READONLY ", "CLUSTERDOWN ", "TRYAGAIN ", "LOADING ", "MASTERDOWN "}
+	passing          = []string{"BUSY ", "OOM ", "MISCONF ", "NOREPLICAS ", "UNBLOCKED ", "max number of clients"}
+)
+
+// hasCode tells whether one of the codes is in err; older servers put words before
+// the code of an error that a script met.
+func hasCode(err error, codes []string) bool {
+	return slices.ContainsFunc(codes, func(code string) bool { return strings.Contains(err.Error(), code) })
 }

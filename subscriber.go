@@ -1,10 +1,10 @@
 package dmutex
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -33,15 +33,22 @@ const (
 	refusedPause = 10 * time.Second
 	brokenPause  = 300 * time.Millisecond
 
+	// doubtAfter is how old a connection must be before it is given up because what
+	// came over it proved untrue. That may have come late, too.
+	doubtAfter = 5 * time.Second
+
 	// probeChannel is never subscribed; an UNSUBSCRIBE of it is answered all the
 	// same, while go-redis's own health check takes no answer for a good sign.
 	probeChannel = "dmutex-probe"
 )
 
-var errSilent = errors.New("dmutex: the subscription gives no sign of life")
+var (
+	errSilent   = errors.New("dmutex: the subscription gives no sign of life")
+	errDoubtful = errors.New("dmutex: the subscription is on another server than the locks")
+)
 
 // subscribers has one subscriber for each client that somebody waits on, and
-// nothing else. It is the only state of the package.
+// nothing else. It is the only state of the package, but for warned.
 var subscribers = registry{byClient: map[any]*subscriber{}}
 
 type registry struct {
@@ -49,19 +56,20 @@ type registry struct {
 	byClient map[any]*subscriber
 }
 
-// subscriber is the one pub/sub connection of a client, shared by all who wait on
-// it. Its goroutine, run, owns the connection and ends by itself when nobody has
+// warned is done when it was said that waiting goes by polling.
+var warned sync.Once
+
+// subscriber is the one pub/sub connection of a client, or of a cluster client to one
+// of its masters, shared by all who wait on it. Its goroutine, run, owns the connection and ends by itself when nobody has
 // listened for a while or the client is closed.
 //
 // What it delivers are hints to look at Redis again: a message, or "" when the
 // server has confirmed a subscription. It does that after each reconnect too, and
 // messages may have been missed before it.
 type subscriber struct {
-	node    node
+	server  server
 	inbox   string        // id of the channel on which hand-overs are told
-	changed chan struct{} // capacity 1: the channels to subscribe are others now
-
-	warnOnce sync.Once
+	changed chan struct{} // capacity 1: there is something new for tend
 
 	// The rest is guarded by subscribers.mu.
 
@@ -70,10 +78,14 @@ type subscriber struct {
 	tickets   map[string]*listener              // who waits for a hand-over to which ticket
 	channels  map[string]map[*listener]struct{} // who listens to which channel; no set is empty
 
-	confirmed map[string]bool // channels that the server has confirmed on this connection
-	asked     []string        // channels asked for on this connection and not answered yet, oldest first
-	refused   map[string]bool // channels that this connection may not subscribe
-	lastSign  time.Time       // of life, on this connection
+	deaf bool // the server refuses the inbox
+
+	// The state of the connection.
+	confirmed map[string]bool // channels that the server has confirmed
+	inboxOnly bool            // it has refused another channel, so none is tried any more
+	since     time.Time       // when the inbox was confirmed first
+	lastSign  time.Time       // of life
+	doubtful  bool            // what came over it proved untrue
 }
 
 // listener is one who waits. Its methods may be called by one goroutine at a time.
@@ -85,32 +97,32 @@ type listener struct {
 	channel string // "" if it listens to none
 }
 
-// join adds a listener on n's client, which hears nothing yet.
-func (r *registry) join(n node) *listener {
+// join adds a listener on a server, which hears nothing yet.
+func (r *registry) join(home server) *listener {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	s := r.byClient[n.shared()]
+	s := r.byClient[home.shared()]
 	if s == nil {
 		s = &subscriber{
-			node:     n,
+			server:   home,
 			inbox:    newInbox(),
 			changed:  make(chan struct{}, 1),
 			tickets:  map[string]*listener{},
 			channels: map[string]map[*listener]struct{}{},
 		}
-		r.byClient[n.shared()] = s
+		r.byClient[home.shared()] = s
 		go s.run()
 	}
 	s.listeners++
 	return &listener{heard: make(chan string, 1), sub: s}
 }
 
-// live tells whether hand-overs to n's client are heard, so that a ticket for its
-// inbox may take a place in a queue at once.
-func (r *registry) live(n node) bool {
+// live tells whether hand-overs on a server are heard, so that a ticket for its
+// subscriber's inbox may take a place in a queue at once.
+func (r *registry) live(home server) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	s := r.byClient[n.shared()]
+	s := r.byClient[home.shared()]
 	return s != nil && s.confirmed[inboxChannel(s.inbox)]
 }
 
@@ -121,6 +133,31 @@ func (l *listener) expect(ticket string) {
 	delete(l.sub.tickets, l.ticket)
 	l.ticket = ticket
 	l.sub.tickets[ticket] = l
+}
+
+// on tells whether the listener is on a server.
+func (l *listener) on(home server) bool { return l.sub.server.shared() == home.shared() }
+
+// inbox is where the listener's tickets are to be told of, as of now.
+func (l *listener) inbox() string {
+	subscribers.mu.Lock()
+	defer subscribers.mu.Unlock()
+	if l.sub.deaf {
+		return deaf + l.sub.inbox
+	}
+	return l.sub.inbox
+}
+
+// doubt says that a hand-over was told which there was not. That comes late, or from
+// a server on which the locks are no longer, like a master that became a replica.
+func (l *listener) doubt() {
+	subscribers.mu.Lock()
+	defer subscribers.mu.Unlock()
+	s := l.sub
+	if s.confirmed != nil && time.Since(s.since) > doubtAfter {
+		s.doubtful = true
+		s.noteChange()
+	}
 }
 
 // listen hears the messages on channel as well.
@@ -197,7 +234,8 @@ func (s *subscriber) run() {
 		pause := brokenPause
 		if refused(err) {
 			pause = refusedPause
-			s.warn(err)
+			s.goDeaf()
+			warn(err)
 		}
 		if s.rest(pause) {
 			return
@@ -211,7 +249,7 @@ func (s *subscriber) serve() error {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
 	defer s.disconnected()
-	pubsub := s.node.subscribe(ctx)
+	pubsub := s.server.subscribe(ctx)
 	defer func() { _ = pubsub.Close() }()
 
 	// Nobody else may use pubsub before the first message was received: go-redis
@@ -275,9 +313,9 @@ func (s *subscriber) tend(ctx context.Context, pubsub *redis.PubSub) error {
 			if s.retire() {
 				return nil
 			}
-			if s.silentFor() > silence {
-				return errSilent
-			}
+		}
+		if err := s.fault(); err != nil {
+			return err
 		}
 	}
 }
@@ -295,10 +333,12 @@ func (s *subscriber) receive(ctx context.Context, pubsub *redis.PubSub) error {
 		case errors.Is(err, redis.ErrClosed):
 			return err
 		case refused(err):
-			s.warn(err)
-			if !s.refuse() {
+			if !s.restrict() {
 				return err
 			}
+			warn(err)
+		case isAnswer(err): // it may pass, but it has lost us the channels
+			return err
 		default:
 			s.disconnected()
 			if lost++; lost > 1 && sleep(ctx, brokenPause) != nil {
@@ -323,14 +363,17 @@ func (s *subscriber) deliver(message any) {
 }
 
 // dispatch delivers a message: in the inbox, to the one that waits for the ticket
-// which it begins with; on any other channel, to all who listen there.
+// which it begins with, or to all who wait if it begins with none; on any other
+// channel, to all who listen there.
 func (s *subscriber) dispatch(channel, payload string) {
 	subscribers.mu.Lock()
 	defer subscribers.mu.Unlock()
 	if channel == inboxChannel(s.inbox) {
 		ticket, hint, _ := strings.Cut(payload, " ")
 		if l := s.tickets[ticket]; l != nil {
-			l.tellLocked(hint)
+			l.tellLocked(cmp.Or(hint, ticket))
+		} else if !isTicket(ticket) {
+			s.tellTicketsLocked()
 		}
 	}
 	for l := range s.channels[channel] {
@@ -343,17 +386,22 @@ func (s *subscriber) confirm(channel string) {
 	subscribers.mu.Lock()
 	defer subscribers.mu.Unlock()
 	s.lastSign = time.Now()
-	s.asked = slices.DeleteFunc(s.asked, func(c string) bool { return c == channel })
 	if s.confirmed == nil {
 		s.confirmed = map[string]bool{}
+		s.since = s.lastSign
 	}
 	s.confirmed[channel] = true
 	if channel == inboxChannel(s.inbox) {
-		for _, l := range s.tickets {
-			l.tellLocked("")
-		}
+		s.deaf = false
+		s.tellTicketsLocked()
 	}
 	for l := range s.channels[channel] {
+		l.tellLocked("")
+	}
+}
+
+func (s *subscriber) tellTicketsLocked() {
+	for _, l := range s.tickets {
 		l.tellLocked("")
 	}
 }
@@ -362,57 +410,60 @@ func (s *subscriber) confirm(channel string) {
 func (s *subscriber) disconnected() {
 	subscribers.mu.Lock()
 	defer subscribers.mu.Unlock()
-	s.confirmed, s.asked, s.refused = nil, nil, nil
+	s.confirmed, s.inboxOnly, s.doubtful = nil, false, false
 }
 
-// warn says once that waiting goes by polling.
-func (s *subscriber) warn(err error) {
-	s.warnOnce.Do(func() {
-		slog.Warn("dmutex: Redis refuses SUBSCRIBE, so waiting goes by polling", "error", err)
-	})
-}
-
-// refuse notes that the server refused the oldest channel asked for; false if
-// none was, so that it must have been all of them, after a reconnect.
-func (s *subscriber) refuse() bool {
+// goDeaf notes that the inbox is refused, and lets those look who wait to be told.
+func (s *subscriber) goDeaf() {
 	subscribers.mu.Lock()
 	defer subscribers.mu.Unlock()
-	if len(s.asked) == 0 {
+	s.deaf = true
+	s.tellTicketsLocked()
+}
+
+// restrict notes that a channel was refused; false if it was the inbox, alone or
+// together with the others after a reconnect.
+func (s *subscriber) restrict() bool {
+	subscribers.mu.Lock()
+	defer subscribers.mu.Unlock()
+	if !s.confirmed[inboxChannel(s.inbox)] {
 		return false
 	}
-	if s.refused == nil {
-		s.refused = map[string]bool{}
-	}
-	s.refused[s.asked[0]] = true
-	s.asked = s.asked[1:]
+	s.inboxOnly = true
 	s.noteChange()
 	return true
 }
 
-// compare returns the channels that are listened to but not subscribed yet, which
-// it notes as asked for, and those that are subscribed for nothing.
+// compare returns the channels that are listened to but not subscribed yet, and
+// those that are subscribed for nothing.
 func (s *subscriber) compare(has map[string]bool) (missing, surplus []string) {
 	subscribers.mu.Lock()
 	defer subscribers.mu.Unlock()
 	for channel := range s.channels {
-		if !has[channel] && !s.refused[channel] {
+		if !has[channel] && !s.inboxOnly {
 			missing = append(missing, channel)
 		}
 	}
 	for channel := range has {
-		if channel != inboxChannel(s.inbox) && (s.channels[channel] == nil || s.refused[channel]) {
+		if channel != inboxChannel(s.inbox) && (s.channels[channel] == nil || s.inboxOnly) {
 			surplus = append(surplus, channel)
 			delete(s.confirmed, channel)
 		}
 	}
-	s.asked = append(s.asked, missing...)
 	return missing, surplus
 }
 
-func (s *subscriber) silentFor() time.Duration {
+// fault tells why the connection is of no more use, if it is not.
+func (s *subscriber) fault() error {
 	subscribers.mu.Lock()
 	defer subscribers.mu.Unlock()
-	return time.Since(s.lastSign)
+	switch {
+	case s.doubtful:
+		return errDoubtful
+	case time.Since(s.lastSign) > silence:
+		return errSilent
+	}
+	return nil
 }
 
 // rest waits before the next connection; true if the subscriber was retired.
@@ -436,7 +487,7 @@ func (s *subscriber) retire() bool {
 	if s.listeners > 0 || time.Since(s.idleSince) < linger {
 		return false
 	}
-	delete(subscribers.byClient, s.node.shared())
+	delete(subscribers.byClient, s.server.shared())
 	return true
 }
 
@@ -445,13 +496,17 @@ func (s *subscriber) retire() bool {
 func (s *subscriber) abandon() {
 	subscribers.mu.Lock()
 	defer subscribers.mu.Unlock()
-	delete(subscribers.byClient, s.node.shared())
-	for _, l := range s.tickets {
-		l.tellLocked("")
-	}
+	delete(subscribers.byClient, s.server.shared())
+	s.tellTicketsLocked()
 	for _, set := range s.channels {
 		for l := range set {
 			l.tellLocked("")
 		}
 	}
+}
+
+func warn(err error) {
+	warned.Do(func() {
+		slog.Warn("dmutex: Redis refuses SUBSCRIBE, so waiting goes by polling", "error", err)
+	})
 }

@@ -36,25 +36,28 @@ const (
 // holder's ttl, or enough time gone by. It returns when ctx ends, at the first
 // try also when Redis does not answer, and later when asking is of no more use.
 func (m *Mutex) acquire(ctx context.Context) (*claim, error) {
+	home, err := m.node.home(ctx)
+	if err != nil {
+		return nil, given(ctx, err)
+	}
 	var w waiter
 	defer w.leave()
 	getInLine := func(place string) *claim {
-		if w.ear == nil {
-			w.ear = subscribers.join(m.node)
-		}
-		c := newClaim(m.node, m.names, m.ttl, w.ear.sub.inbox)
+		w.join(home)
+		c := newClaim(m.node, m.names, m.ttl, w.ear.inbox())
 		c.inLine(place)
 		w.ear.expect(c.ticket)
 		return c
 	}
 
 	var c *claim
-	if subscribers.live(m.node) {
+	if subscribers.live(home) {
 		c = getInLine("") // a place in the queue in the first round trip
 	} else {
 		c = newClaim(m.node, m.names, m.ttl, newInbox())
 	}
 	for first := true; ; first = false {
+		sent := time.Now()
 		seen, err := c.try(ctx)
 		switch {
 		case errors.Is(err, errTooLate), seen.status == "ended":
@@ -64,7 +67,7 @@ func (m *Mutex) acquire(ctx context.Context) (*claim, error) {
 			continue
 		case err != nil && (first || ctxErr(ctx) != nil || !transient(err)):
 			c.abandon(ctx)
-			return nil, err
+			return nil, given(ctx, err)
 		case err != nil:
 			err = w.sleep(ctx, retryPause())
 		case seen.status == "held":
@@ -73,20 +76,34 @@ func (m *Mutex) acquire(ctx context.Context) (*claim, error) {
 			c.abandon(ctx)
 			return nil, ErrNoExpiry
 		case w.ear == nil:
+			if time.Since(sent) > repeatFloor {
+				c.abandon(ctx) // an earlier copy of the request may still be on its way
+			}
 			c = getInLine("")
 			if w.ear.hears() {
 				continue
 			}
-			err = w.sleep(ctx, deafWait)
+			err = w.sleep(ctx, w.patience(seen, c.grace()))
 		default:
+			if w.hint == c.ticket {
+				w.ear.doubt() // it was told that it has the lock
+			}
 			if !isTicket(seen.holder) && seen.rank <= 0 {
 				w.ear.listen(m.names.channel) // the original package tells its releases there
 			}
-			err = w.sleep(ctx, w.patience(seen))
+			err = w.sleep(ctx, w.patience(seen, c.grace()))
 		}
 		if err != nil {
 			c.abandon(ctx)
 			return nil, err
+		}
+		if now, err := m.node.home(ctx); err == nil {
+			home = now
+		}
+		if w.join(home); w.ear.inbox() != c.inbox() {
+			// Hand-overs are told elsewhere now; another ticket keeps the place.
+			c.abandon(ctx)
+			c = getInLine(c.place())
 		}
 	}
 }
@@ -100,7 +117,7 @@ func (m *Mutex) watch(ctx context.Context) (expired bool, err error) {
 	remembered := m.seen.Load()
 	target := remembered
 	defer func() {
-		if err == nil {
+		if err == nil || errors.Is(err, ErrFateUnknown) {
 			target = nil
 		}
 		m.seen.CompareAndSwap(remembered, target)
@@ -123,10 +140,15 @@ func (m *Mutex) watch(ctx context.Context) (expired bool, err error) {
 			continue
 		}
 		if target != nil && (seen.free || seen.holder != holder) {
-			if expired, known := target.fate(seen.fate); known || !first {
+			expired, known := target.fate(seen.fate)
+			switch {
+			case expired && target.unclaimed: // it never began
+			case known:
 				return expired, nil
+			case !first:
+				return false, ErrFateUnknown
 			}
-			target = nil // gone for so long that Redis has forgotten it
+			target = nil
 		}
 		switch {
 		case seen.free:
@@ -136,15 +158,18 @@ func (m *Mutex) watch(ctx context.Context) (expired bool, err error) {
 		}
 		target = sighted(seen, sent)
 
-		if w.ear == nil {
-			w.ear = subscribers.join(m.node)
+		home, err := m.node.home(ctx)
+		if err != nil {
+			return false, given(ctx, err)
+		}
+		if w.join(home) {
 			w.ear.listen(m.names.channel)
 			if w.ear.hears() {
 				continue // a release since the look was not heard
 			}
 		}
 		seen.rank = 0
-		if err := w.sleep(ctx, w.patience(seen)); err != nil {
+		if err := w.sleep(ctx, w.patience(seen, maxGrace)); err != nil {
 			return false, err
 		}
 		if w.hint != "" && w.hint == target.holder {
@@ -158,11 +183,18 @@ type sighting struct {
 	holder string
 	at     time.Time // when it was seen
 	end    time.Time // before which it cannot have expired
+
+	unclaimed bool // it was being handed over
 }
 
 // sighted returns what was seen by a request sent at the time given.
 func sighted(seen sight, sent time.Time) *sighting {
-	return &sighting{holder: seen.holder, at: time.Now(), end: sent.Add(seen.ttl - pttlError)}
+	return &sighting{
+		holder:    seen.holder,
+		at:        time.Now(),
+		end:       sent.Add(seen.ttl - pttlError),
+		unclaimed: seen.unclaimed,
+	}
 }
 
 // fate tells how the hold, now gone, ended. If its tombstone may have expired,
@@ -183,6 +215,18 @@ type waiter struct {
 	timer   *time.Timer
 	hint    string // the message that ended the latest sleep, "" if none did
 	witness bool   // was told of a hand-over, to see to it that it is claimed
+}
+
+// join makes it a listener on home, if it is none yet; false if it was.
+func (w *waiter) join(home server) bool {
+	if w.ear != nil {
+		if w.ear.on(home) {
+			return false
+		}
+		w.ear.leave()
+	}
+	w.ear = subscribers.join(home)
+	return true
 }
 
 func (w *waiter) leave() {
@@ -221,8 +265,9 @@ func (w *waiter) sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// patience is how long a waiter that has seen this may sleep without a message.
-func (w *waiter) patience(seen sight) time.Duration {
+// patience is how long a waiter that has seen this may sleep without a message. One
+// that hears none and is next looks several times in the grace that it is given.
+func (w *waiter) patience(seen sight, grace time.Duration) time.Duration {
 	lag := expiryLag
 	if seen.rank != 0 && !w.witness {
 		lag = rankLag * time.Duration(max(1, seen.rank))
@@ -234,6 +279,8 @@ func (w *waiter) patience(seen sight) time.Duration {
 	case !isTicket(seen.holder):
 		queue := time.Duration(max(0, seen.rank))
 		longest = min(longest, queue*maxPoll+jitter(minPoll, maxPoll))
+	case !w.ear.hears() && seen.rank == 0:
+		longest = jitter(grace/4, grace/2)
 	case !w.ear.hears():
 		longest = jitter(deafWait/2, deafWait)
 	}

@@ -4,22 +4,28 @@
 -- The queue is a sorted set of waiting tickets. A score is the server time in
 -- microseconds at which the ticket first asked; a negative score marks the one
 -- ticket that was handed the lock and has not claimed it yet, which keeps it in
--- front. A ticket is "<inbox>.<random>", both hexadecimal.
+-- front. A ticket is "<inbox>.<random>", both hexadecimal; "-" before it says that
+-- its process may not subscribe, and asks again by itself within the grace.
 
 local function inbox(ticket)
-  return string.match(ticket, '^(%x+)%.%x+$') or ''
+  return string.match(ticket, '^(%-?%x+)%.%x+$') or ''
 end
 
--- tell publishes to the process that owns the ticket; true if anybody listened.
--- A refused PUBLISH (ACL, renamed command) must not end the script half-way.
+-- tell publishes to the process that owns the ticket; false if nobody listens, so
+-- that it must be dead. A refused PUBLISH (ACL, renamed command) must not end the
+-- script half-way.
 local function tell(ticket, message)
+  if string.sub(ticket, 1, 1) == '-' then
+    return true
+  end
   local heard = redis.pcall('PUBLISH', 'dmutex-inbox:' .. inbox(ticket), message)
   return type(heard) == 'number' and heard > 0
 end
 
 -- drop_silent removes a marked ticket whose grace is over, and with it all of
 -- its process's, which is stopped or cut off: one grace per process, not one per
--- waiter. If the process is the asker's own it lives, and only that one goes.
+-- waiter. Should it come back, a message lets its waiters look, and ask for their
+-- places again. If it is the asker's own it lives, and only that ticket goes.
 local function drop_silent(queue, marked, asker)
   local process = inbox(marked)
   if process == inbox(asker) then
@@ -31,6 +37,7 @@ local function drop_silent(queue, marked, asker)
       redis.call('ZREM', queue, ticket)
     end
   end
+  tell(marked, 'look')
 end
 
 -- tell_witnesses lets the next in the queue look when the grace is over; if it
