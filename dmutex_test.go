@@ -398,6 +398,8 @@ func TestBadArguments(t *testing.T) {
 		client := s.Client()
 		ring := redis.NewRing(&redis.RingOptions{Addrs: map[string]string{"a": s.Addr}, HeartbeatFrequency: time.Hour})
 		defer ring.Close()
+		cluster := redis.NewClusterClient(&redis.ClusterOptions{Addrs: []string{s.Addr}})
+		defer cluster.Close()
 		type wrapper struct{ redis.UniversalClient }
 		type uncomparable struct {
 			redis.UniversalClient
@@ -405,18 +407,20 @@ func TestBadArguments(t *testing.T) {
 		}
 
 		for name, m := range map[string]*dmutex.Mutex{
-			"empty key":              dmutex.New("", long, client),
-			"no ttl":                 dmutex.New("k", 0, client),
-			"negative ttl":           dmutex.New("k", -time.Second, client),
-			"ttl under 1 ms":         dmutex.New("k", time.Millisecond-1, client),
-			"nil client":             dmutex.New("k", long, nil),
-			"typed nil client":       dmutex.New("k", long, (*redis.Client)(nil)),
-			"typed nil cluster":      dmutex.New("k", long, (*redis.ClusterClient)(nil)),
-			"client never made":      dmutex.New("k", long, new(redis.Client)),
-			"wrapper around nothing": dmutex.New("k", long, &wrapper{}),
-			"uncomparable wrapper":   dmutex.New("k", long, uncomparable{UniversalClient: client}),
-			"ring":                   dmutex.New("k", long, ring),
-			"zero value":             new(dmutex.Mutex),
+			"empty key":                  dmutex.New("", long, client),
+			"no ttl":                     dmutex.New("k", 0, client),
+			"negative ttl":               dmutex.New("k", -time.Second, client),
+			"ttl under 1 ms":             dmutex.New("k", time.Millisecond-1, client),
+			"nil client":                 dmutex.New("k", long, nil),
+			"typed nil client":           dmutex.New("k", long, (*redis.Client)(nil)),
+			"typed nil cluster":          dmutex.New("k", long, (*redis.ClusterClient)(nil)),
+			"client never made":          dmutex.New("k", long, new(redis.Client)),
+			"wrapper around nothing":     dmutex.New("k", long, &wrapper{}),
+			"uncomparable wrapper":       dmutex.New("k", long, uncomparable{UniversalClient: client}),
+			"ring":                       dmutex.New("k", long, ring),
+			"wrapper around a ring":      dmutex.New("k", long, &struct{ *redis.Ring }{ring}),
+			"cluster, key in many slots": dmutex.New("k}", long, cluster),
+			"zero value":                 new(dmutex.Mutex),
 		} {
 			t.Run(name, func(t *testing.T) {
 				requireAllFail(t, timeout(t), m)
@@ -425,6 +429,12 @@ func TestBadArguments(t *testing.T) {
 		}
 		t.Run("nil ctx", func(t *testing.T) {
 			requireAllFail(t, nil, dmutex.New("k", long, client))
+			require.Empty(t, client.Keys(timeout(t), "*").Val())
+		})
+		t.Run("ctx that has ended", func(t *testing.T) {
+			ended, cancel := context.WithCancel(context.Background())
+			cancel()
+			requireNoWay(t, ended, dmutex.New("k", long, client))
 			require.Empty(t, client.Keys(timeout(t), "*").Val())
 		})
 		t.Run("a wrapped client works", func(t *testing.T) {

@@ -159,19 +159,56 @@ func TestUnlockMayBeCalledAgain(t *testing.T) {
 	})
 }
 
-// An Unlock that failed is owed no longer than its hold could have lived.
+// A failed Unlock is nobody's debt: the next hold is unlocked like any other.
 func TestMutexIsOfUseAfterAnUnlockThatFailed(t *testing.T) {
 	throughProxy(t, func(t *testing.T, p *rig.Proxy, behind, beside *redis.Client) {
-		m := locked(t, "k", 200*time.Millisecond, behind)
-		p.Refuse(true)
-		p.CutAll()
-		require.Error(t, m.Unlock(timeout(t)))
-		p.Refuse(false)
-		rig.Eventually(t, "the client is connected again", func() bool { return behind.Ping(timeout(t)).Err() == nil })
-		rig.Eventually(t, "the end of the hold", func() bool { return beside.Exists(timeout(t), "k").Val() == 0 })
-		for range 3 {
-			require.NoError(t, m.Lock(timeout(t)))
-			require.NoError(t, m.Unlock(timeout(t)))
+		for _, ttl := range []time.Duration{200 * time.Millisecond, long} {
+			m := locked(t, "k", ttl, behind)
+			p.Refuse(true)
+			p.CutAll()
+			require.Error(t, m.Unlock(timeout(t)))
+			p.Refuse(false)
+			for range 3 { // the first one waits for the ttl, or for the release in the background
+				rig.Eventually(t, "Lock", func() bool { return m.Lock(timeout(t)) == nil })
+				require.NoError(t, m.Unlock(timeout(t)))
+			}
+		}
+		requireClean(t, beside)
+	})
+}
+
+// A request that arrives when go-redis has repeated it already, and its answer is
+// told, must not get a lock that nobody knows of.
+func TestCopyOfAFailedTryArrivesLate(t *testing.T) {
+	rig.OnEach(t, func(t *testing.T, s *rig.Server) {
+		ctx := timeout(t)
+		p := rig.NewProxy(t, s.Addr)
+		behind := s.Client(func(o *redis.Options) { o.Addr, o.ReadTimeout = p.Addr, 200*time.Millisecond })
+		beside := s.Client()
+		for name, fail := range map[string]func(t *testing.T, m *dmutex.Mutex){
+			"TryLock": func(t *testing.T, m *dmutex.Mutex) {
+				acquired, err := m.TryLock(ctx)
+				require.NoError(t, err)
+				require.False(t, acquired)
+			},
+			"Lock": func(t *testing.T, m *dmutex.Mutex) {
+				bound, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
+				defer cancel()
+				require.ErrorIs(t, m.Lock(bound), context.DeadlineExceeded)
+			},
+		} {
+			t.Run(name, func(t *testing.T) {
+				const late = time.Second
+				holder := locked(t, "k", long, beside)
+				require.NoError(t, behind.Ping(ctx).Err())
+				p.Late(script, late)
+				sent := time.Now()
+				fail(t, dmutex.New("k", long, behind))
+				awaitEnded(t, beside, "k")
+				require.NoError(t, holder.Unlock(ctx))
+				time.Sleep(time.Until(sent.Add(late + 200*time.Millisecond))) // it has arrived
+				requireClean(t, beside)
+			})
 		}
 	})
 }
@@ -224,6 +261,7 @@ func TestExclusionOnABadNetwork(t *testing.T) {
 					if m.Lock(bound) == nil {
 						assert.Equal(t, int32(1), inside.Add(1))
 						grants.Add(1)
+						time.Sleep(rand.N(4 * time.Millisecond))
 						inside.Add(-1)
 						_ = m.Unlock(ctx)
 					}
@@ -305,11 +343,10 @@ func TestSubscribeIsRefused(t *testing.T) {
 			for range 3 {
 				holder, next := locked(t, "k", long, admin), dmutex.New("k", long, client)
 				gotten, told := lock(ctx, next), watch(ctx, dmutex.New("k", long, client))
-				rig.Eventually(t, "both wait", func() bool {
+				rig.Eventually(t, "the one is in the queue and the other has been refused", func() bool {
 					most = max(most, connections())
-					return client.PoolStats().Hits > 0 && len(gotten)+len(told) == 0
+					return admin.ZCard(ctx, queueOf("k")).Val() == 1 && denied(ctx, admin)
 				})
-				time.Sleep(100 * time.Millisecond) // time to ask, and to be refused
 				start := time.Now()
 				require.NoError(t, holder.Unlock(ctx))
 				require.NoError(t, receive(t, gotten))
@@ -320,6 +357,104 @@ func TestSubscribeIsRefused(t *testing.T) {
 			require.LessOrEqual(t, max(most, connections()), 6)
 		})
 	}
+}
+
+// denied tells whether the server has denied somebody a channel.
+func denied(ctx context.Context, admin *redis.Client) bool {
+	return strings.Contains(fmt.Sprint(admin.Do(ctx, "acl", "log").Val()), "channel")
+}
+
+// Whoever may not subscribe gets its turn all the same, even if the lock is never
+// free for long enough to be found so.
+func TestRefusedWaiterKeepsItsPlace(t *testing.T) {
+	s := rig.Redis(t)
+	ctx := timeout(t)
+	admin := s.Client()
+	require.NoError(t, admin.Do(ctx, "acl", "setuser", "limited", "on", ">pw", "~*", "+@all", "resetchannels").Err())
+	refused := s.Client(func(o *redis.Options) { o.Username, o.Password = "limited", "pw" })
+	defer keepBusy(t, "k", s)()
+	for range 3 {
+		m := dmutex.New("k", long, refused)
+		require.NoError(t, m.Lock(ctx))
+		require.NoError(t, m.Unlock(ctx))
+	}
+}
+
+// keepBusy has others want the lock all the time, until it is told to stop.
+func keepBusy(t *testing.T, key string, s *rig.Server) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	for range 3 {
+		m := dmutex.New(key, long, s.Client())
+		wg.Go(func() {
+			for m.Lock(ctx) == nil {
+				time.Sleep(5 * time.Millisecond)
+				_ = m.Unlock(ctx)
+			}
+		})
+	}
+	awaitQueue(t, s.Client(), key, 2)
+	return func() { cancel(); wg.Wait() }
+}
+
+// A refusal that passes, like BUSY, must not leave the waiters without messages.
+func TestSubscriptionIsRefusedForAWhile(t *testing.T) {
+	s := rig.Redis(t, "--busy-reply-threshold", "50")
+	ctx := timeout(t)
+	beside := s.Client()
+	p := rig.NewProxy(t, s.Addr)
+	behind := s.Client(func(o *redis.Options) { o.Addr = p.Addr })
+	holder, next := locked(t, "k", long, beside), dmutex.New("k", long, behind)
+	gotten := lock(ctx, next)
+	awaitQueue(t, beside, "k", 1)
+	patient := s.Client(func(o *redis.Options) { o.ReadTimeout = hang })
+	ended := make(chan error, 1)
+	go func() { ended <- patient.Eval(context.Background(), "while true do end", nil).Err() }()
+	rig.Eventually(t, "the server is busy", func() bool {
+		err := beside.Ping(ctx).Err()
+		return err != nil && strings.HasPrefix(err.Error(), "BUSY ")
+	})
+	p.CutAll()
+	time.Sleep(300 * time.Millisecond) // for it to come back, and be refused
+	require.NoError(t, beside.ScriptKill(ctx).Err())
+	require.Error(t, receive(t, ended))
+	awaitSubscribed(t, beside, inboxIn(ctx, beside, "k"))
+	require.NoError(t, holder.Unlock(ctx))
+	require.NoError(t, receive(t, gotten))
+	require.NoError(t, next.Unlock(ctx))
+}
+
+// inboxIn returns the inbox of the first in a queue.
+func inboxIn(ctx context.Context, client *redis.Client, key string) string {
+	inbox, _, _ := strings.Cut(strings.Join(client.ZRange(ctx, queueOf(key), 0, 0).Val(), ""), ".")
+	return "dmutex-inbox:" + inbox
+}
+
+// A master that became a replica still passes on what is published at the new one,
+// where nobody seems to listen then.
+func TestSubscriptionStaysOnTheOldMaster(t *testing.T) {
+	former, later := rig.Redis(t), rig.Redis(t)
+	ctx := timeout(t)
+	later.Follow(former)
+	p := rig.NewProxy(t, former.Addr)
+	client := former.Client(func(o *redis.Options) { o.Addr = p.Addr })
+	locked(t, "other", long, former.Client())
+	keep, cancel := context.WithCancel(ctx)
+	defer cancel()
+	kept := lock(keep, dmutex.New("other", long, client)) // so that the subscription stays
+	awaitQueue(t, former.Client(), "other", 1)
+
+	p.Retarget(later.Addr)
+	later.Follow(nil)
+	former.Follow(later)
+	defer keepBusy(t, "k", later)()
+	for range 3 {
+		m := dmutex.New("k", long, client)
+		require.NoError(t, m.Lock(ctx))
+		require.NoError(t, m.Unlock(ctx))
+	}
+	cancel()
+	require.ErrorIs(t, receive(t, kept), context.Canceled)
 }
 
 // The smallest set of rights, which the README names.

@@ -209,10 +209,75 @@ func TestDeadWaitersArePassedOver(t *testing.T) {
 			start := time.Now()
 			require.NoError(t, holder.Unlock(ctx))
 			b.Advance(1100 * time.Millisecond)
-			require.NoError(t, <-gotten)
+			require.NoError(t, receive(t, gotten))
 			require.Less(t, time.Since(start), 1200*time.Millisecond, "more than one grace for one process")
 			require.NoError(t, next.Unlock(ctx))
+			var messages []string
+			for len(messages) < 3 {
+				message, err := stopped.ReceiveMessage(ctx)
+				require.NoError(t, err)
+				messages = append(messages, message.Payload)
+			}
+			require.Equal(t, []string{"dead.0", "dead.1 1000", "look"}, messages)
 		})
+	})
+}
+
+// A process that lost its places, because it did not react in time, asks for them
+// again, in the old order, as soon as it is told.
+func TestPlacesAreAskedForAgain(t *testing.T) {
+	inBubble(t, func(t *testing.T, b *rig.Bubble, client *redis.Client) {
+		ctx := context.Background()
+		other := b.Client()
+		defer other.Close()
+		holder := locked(t, "k", time.Hour, client)
+		turns := make(chan int, 10)
+		for i := range 5 {
+			m := dmutex.New("k", long, client)
+			go func() {
+				if assert.NoError(t, m.Lock(ctx)) {
+					turns <- i
+					assert.NoError(t, m.Unlock(ctx))
+				}
+			}()
+			time.Sleep(10 * time.Millisecond)
+		}
+		synctest.Wait()
+		b.Mini.Del(queueOf("k"))
+		late := dmutex.New("k", long, other)
+		gotten := lock(ctx, late)
+		synctest.Wait()
+
+		require.NoError(t, other.Publish(ctx, inboxes(b)[0], "look").Err())
+		require.NoError(t, other.Publish(ctx, inboxes(b)[1], "look").Err())
+		synctest.Wait()
+		start := time.Now()
+		require.NoError(t, holder.Unlock(ctx))
+		for i := range 5 {
+			require.Equal(t, i, receive(t, turns))
+		}
+		require.NoError(t, receive(t, gotten))
+		require.Less(t, time.Since(start), atOnce)
+		require.NoError(t, late.Unlock(ctx))
+	})
+}
+
+// Whoever was handed the lock holds it for its whole ttl, and waits no longer.
+func TestHandedLockIsHeldLikeAnyOther(t *testing.T) {
+	rig.OnEach(t, func(t *testing.T, s *rig.Server) {
+		ctx := timeout(t)
+		client := s.Client()
+		holder, next := locked(t, "k", long, client), dmutex.New("k", long, client)
+		gotten := lock(ctx, next)
+		awaitQueue(t, client, "k", 1)
+		require.Positive(t, client.PTTL(ctx, queueOf("k")).Val())
+		require.NoError(t, holder.Unlock(ctx))
+		require.NoError(t, receive(t, gotten))
+		left, err := next.LockedUntil(ctx)
+		require.NoError(t, err)
+		require.Greater(t, left, long/2)
+		require.Zero(t, client.ZCard(ctx, queueOf("k")).Val())
+		require.NoError(t, next.Unlock(ctx))
 	})
 }
 
@@ -331,6 +396,49 @@ func TestVerdictComesWhenTheTTLIsOver(t *testing.T) {
 			b.Advance(2 * time.Minute) // the tombstone is gone as well
 			require.Equal(t, released(), receive(t, watch(ctx, m)))
 		})
+	})
+}
+
+// What was handed over and never claimed was no hold, so its end is none.
+func TestVerdictIsNotOfAHandOver(t *testing.T) {
+	inBubble(t, func(t *testing.T, b *rig.Bubble, client *redis.Client) {
+		ctx := context.Background()
+		holder := locked(t, "k", long, client)
+		stopped := client.Subscribe(ctx, "dmutex-inbox:dead")
+		defer stopped.Close()
+		_, err := stopped.Receive(ctx)
+		require.NoError(t, err)
+		_, err = b.Mini.ZAdd(queueOf("k"), 1, "dead.0")
+		require.NoError(t, err)
+		require.NoError(t, holder.Unlock(ctx))
+		require.True(t, b.Mini.Exists("k"))
+
+		m := dmutex.New("k", long, client)
+		acquired, err := m.TryLock(ctx)
+		require.NoError(t, err)
+		require.False(t, acquired)
+		told := watch(ctx, m)
+		synctest.Wait()
+		b.Advance(2 * time.Second)
+		require.Equal(t, released(), receive(t, told), "the lock is free")
+	})
+}
+
+// A watcher that was cut off for longer than Redis remembers says that it does not
+// know.
+func TestVerdictIsNotGuessed(t *testing.T) {
+	inBubble(t, func(t *testing.T, b *rig.Bubble, client *redis.Client) {
+		ctx := context.Background()
+		locked(t, "k", 5*time.Second, client)
+		told := watch(ctx, dmutex.New("k", long, client))
+		synctest.Wait()
+		b.Mini.SetError("LOADING of data")
+		b.Advance(20 * time.Second)
+		b.Mini.SetError("")
+		b.Advance(time.Second)
+		got := receive(t, told)
+		require.ErrorIs(t, got.err, dmutex.ErrFateUnknown)
+		require.False(t, got.expired)
 	})
 }
 

@@ -13,16 +13,18 @@ type Proxy struct {
 	Addr string
 
 	tb       testing.TB
-	target   string
 	listener net.Listener
 	running  sync.WaitGroup
 
 	mu      sync.Mutex // guards the fields below
+	target  string
 	delay   time.Duration
 	holed   bool   // nothing passes, and nobody is told
 	holedOn string // the same on connections on which a request had this in it
 	refuses bool   // new connections are closed at once
 	losing  []*loss
+	lateTo  string // part of the request that is to be late
+	late    time.Duration
 	links   map[*link]struct{}
 	closed  bool
 }
@@ -91,6 +93,13 @@ func (p *Proxy) LoseReply(to string, how Loss) <-chan struct{} {
 	return l.done
 }
 
+// Late makes the next request that contains to arrive d later than it would, even
+// if the connection that it came on is closed meanwhile.
+func (p *Proxy) Late(to string, d time.Duration) { p.set(func() { p.lateTo, p.late = to, d }) }
+
+// Retarget makes new connections go to another server; the others stay.
+func (p *Proxy) Retarget(addr string) { p.set(func() { p.target = addr }) }
+
 // CutAll closes all connections.
 func (p *Proxy) CutAll() {
 	p.set(func() {
@@ -125,7 +134,9 @@ func (p *Proxy) accept() {
 		if err != nil {
 			return
 		}
-		server, err := net.Dial("tcp", p.target)
+		var target string
+		p.set(func() { target = p.target })
+		server, err := net.Dial("tcp", target)
 		p.mu.Lock()
 		if err != nil || p.refuses || p.closed {
 			p.mu.Unlock()
@@ -156,9 +167,7 @@ func (p *Proxy) pass(l *link, from, to net.Conn, what func(*link, []byte) (pass,
 		if err != nil {
 			return
 		}
-		var delay time.Duration
-		p.set(func() { delay = p.delay })
-		time.Sleep(delay)
+		time.Sleep(p.delayOf(buf[:n]))
 		pass, cut := what(l, buf[:n])
 		if cut {
 			return
@@ -169,6 +178,16 @@ func (p *Proxy) pass(l *link, from, to net.Conn, what func(*link, []byte) (pass,
 			}
 		}
 	}
+}
+
+func (p *Proxy) delayOf(data []byte) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.lateTo != "" && bytes.Contains(data, []byte(p.lateTo)) {
+		p.lateTo = ""
+		return p.delay + p.late
+	}
+	return p.delay
 }
 
 func (p *Proxy) request(l *link, data []byte) (pass, cut bool) {

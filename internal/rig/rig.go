@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -87,7 +88,7 @@ func Redis(tb testing.TB, args ...string) *Server {
 		tb:   tb,
 		args: append([]string{
 			"--port", port, "--bind", "127.0.0.1", "--dir", dir,
-			"--save", "", "--appendonly", "no", "--logfile", filepath.Join(dir, "log"),
+			"--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0", "--logfile", filepath.Join(dir, "log"),
 		}, args...),
 	}
 	s.Start()
@@ -139,6 +140,24 @@ func (s *Server) Signal(signal syscall.Signal) {
 	if err := s.cmd.Process.Signal(signal); err != nil {
 		s.tb.Fatal(err)
 	}
+}
+
+// Follow makes a real server a replica of another, or a master again if that is nil,
+// and returns when it is.
+func (s *Server) Follow(master *Server) {
+	s.tb.Helper()
+	host, port, link := "no", "one", "role:master"
+	if master != nil {
+		host, port, _ = net.SplitHostPort(master.Addr)
+		link = "master_link_status:up"
+	}
+	client := s.Client()
+	if err := client.SlaveOf(context.Background(), host, port).Err(); err != nil {
+		s.tb.Fatal(err)
+	}
+	Eventually(s.tb, link, func() bool {
+		return strings.Contains(client.Info(context.Background(), "replication").Val(), link)
+	})
 }
 
 // Client returns a client of its own for this server, closed with the test.
