@@ -260,6 +260,29 @@ func TestWaitUntilUnlocked(t *testing.T) {
 				require.Equal(t, released(), receive(t, told))
 			}
 		})
+		t.Run("released between the look and the wait, when others watch already", func(t *testing.T) {
+			for range 200 {
+				holder := locked(t, t.Name(), long, client)
+				told := []<-chan verdict{watch(ctx, waiter(t))}
+				awaitSubscribed(t, client, "dmutex-"+t.Name())
+				start := make(chan struct{})
+				for range 3 {
+					c := make(chan verdict, 1)
+					told = append(told, c)
+					go func() {
+						<-start
+						c <- receive(t, watch(ctx, waiter(t)))
+					}()
+				}
+				close(start)
+				before := time.Now()
+				require.NoError(t, holder.Unlock(ctx))
+				for _, c := range told {
+					require.Equal(t, released(), receive(t, c))
+				}
+				require.Less(t, time.Since(before), 2*time.Second, "a message was missed")
+			}
+		})
 		t.Run("ran out", func(t *testing.T) {
 			locked(t, t.Name(), 100*time.Millisecond, client)
 			require.Equal(t, expired(), receive(t, watch(ctx, waiter(t))))

@@ -177,6 +177,42 @@ func TestMutexIsOfUseAfterAnUnlockThatFailed(t *testing.T) {
 	})
 }
 
+// Whoever was granted the lock too late to use it keeps its place, after the one that
+// got the lock instead.
+func TestPlaceIsKeptAfterALateGrant(t *testing.T) {
+	rig.OnEach(t, func(t *testing.T, s *rig.Server) {
+		const ttl, delay = 300 * time.Millisecond, 200 * time.Millisecond // there and back takes longer than the ttl
+		ctx := timeout(t)
+		p := rig.NewProxy(t, s.Addr)
+		behind := s.Client(func(o *redis.Options) { o.Addr = p.Addr })
+		beside := s.Client()
+		holder := locked(t, "k", long, beside)
+		turns := make(chan string, 3)
+		var wg sync.WaitGroup
+		for i, name := range []string{"first", "second", "third"} {
+			m := dmutex.New("k", long, beside)
+			if name == "first" {
+				m = dmutex.New("k", ttl, behind)
+			}
+			wg.Go(func() {
+				if assert.NoError(t, m.Lock(ctx)) {
+					turns <- name
+					p.Delay(0)
+					if name == "second" {
+						time.Sleep(5 * delay) // the first comes back
+					}
+					assert.NoError(t, m.Unlock(ctx))
+				}
+			})
+			awaitQueue(t, beside, "k", int64(i+1))
+		}
+		p.Delay(delay)
+		require.NoError(t, holder.Unlock(ctx))
+		wg.Wait()
+		require.Equal(t, "second first third", fmt.Sprint(<-turns, " ", <-turns, " ", <-turns))
+	})
+}
+
 // A request that arrives when go-redis has repeated it already, and its answer is
 // told, must not get a lock that nobody knows of.
 func TestCopyOfAFailedTryArrivesLate(t *testing.T) {
@@ -443,6 +479,7 @@ func TestSubscriptionStaysOnTheOldMaster(t *testing.T) {
 	defer cancel()
 	kept := lock(keep, dmutex.New("other", long, client)) // so that the subscription stays
 	awaitQueue(t, former.Client(), "other", 1)
+	former.AwaitReplicated("other", 1)
 
 	p.Retarget(later.Addr)
 	later.Follow(nil)

@@ -133,7 +133,12 @@ func receive[T any](t testing.TB, c <-chan T) T {
 }
 
 // queueOf returns the name of a key's queue; the tests of names pin it.
-func queueOf(key string) string { return key + "{" + key + "}:dmutex:queue" }
+func queueOf(key string) string {
+	if strings.Contains(key, "}") {
+		return key + ":dmutex:queue"
+	}
+	return key + "{" + key + "}:dmutex:queue"
+}
 
 // awaitQueue waits until n tickets are in the queue of key.
 func awaitQueue(t testing.TB, client *redis.Client, key string, n int64) {

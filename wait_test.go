@@ -171,6 +171,33 @@ func TestDeadHoldersLockIsTakenAfterItsTTL(t *testing.T) {
 	}
 }
 
+// The holder was handed the lock, so the waiters have not seen its ttl yet.
+func TestDeadHoldersLockIsTakenAfterAHandOver(t *testing.T) {
+	for _, ttl := range []time.Duration{50 * time.Millisecond, 500 * time.Millisecond, 3 * time.Second} {
+		t.Run(ttl.String(), func(t *testing.T) {
+			inBubble(t, func(t *testing.T, b *rig.Bubble, client *redis.Client) {
+				ctx := context.Background()
+				holder := locked(t, "k", long, client)
+				dies := lock(ctx, dmutex.New("k", ttl, client))
+				time.Sleep(time.Millisecond)
+				next := dmutex.New("k", long, client)
+				gotten := lock(ctx, next)
+				synctest.Wait()
+				require.NoError(t, holder.Unlock(ctx))
+				require.NoError(t, receive(t, dies))
+				synctest.Wait()
+				start := time.Now()
+				b.Advance(ttl + 300*time.Millisecond)
+				synctest.Wait()
+				require.Len(t, gotten, 1, "not within 300 ms")
+				require.NoError(t, <-gotten)
+				require.LessOrEqual(t, time.Since(start), ttl+300*time.Millisecond)
+				require.NoError(t, next.Unlock(ctx))
+			})
+		})
+	}
+}
+
 // Waiters whose process is gone, or does not react, are passed over.
 func TestDeadWaitersArePassedOver(t *testing.T) {
 	t.Run("gone", func(t *testing.T) {

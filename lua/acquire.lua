@@ -4,7 +4,7 @@
 -- KEYS  1 lock, 2 queue, 3 the ticket's tombstone
 -- ARGV  1 ticket
 --       2 ttl of the lock in ms
---       3 grace in ms for whoever is handed the lock instead
+--       3 grace in ms for whoever is handed the lock instead, no more than the ttl
 --       4 place in the queue: '' asks for none, '0' for one from now on, and a
 --         time that an earlier answer gave for the one it had from then on
 --       5 expiry of the queue in ms
@@ -25,7 +25,13 @@ if redis.call('EXISTS', tombstone) == 1 then
 end
 if holder == ticket then
   redis.call('PEXPIRE', lock, ttl)
-  redis.call('ZREM', queue, ticket)
+  if redis.call('ZREM', queue, ticket) == 1 and ttl == grace then
+    -- It was handed over, and may end before the witness would look.
+    local witness = redis.call('ZRANGE', queue, 0, 0)[1]
+    if witness then
+      tell(witness, witness .. ' ' .. ttl)
+    end
+  end
   return {'held'}
 end
 

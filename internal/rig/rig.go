@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -75,6 +76,24 @@ func Miniredis(tb testing.TB) *Server {
 // RealRequired is set.
 func Redis(tb testing.TB, args ...string) *Server {
 	tb.Helper()
+	return start(tb, append([]string{
+		"--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0",
+	}, args...))
+}
+
+// sentinel starts a sentinel, which keeps its state in its configuration.
+func sentinel(tb testing.TB, config string) *Server {
+	tb.Helper()
+	path := filepath.Join(tb.TempDir(), "sentinel.conf")
+	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
+		tb.Fatal(err)
+	}
+	return start(tb, []string{"--sentinel"}, path)
+}
+
+// start starts a redis-server with arguments, after those that have no dashes.
+func start(tb testing.TB, args []string, first ...string) *Server {
+	tb.Helper()
 	if _, err := exec.LookPath("redis-server"); err != nil {
 		if os.Getenv(RealRequired) != "" {
 			tb.Fatalf("%s is set, but there is no redis-server: %v", RealRequired, err)
@@ -86,10 +105,9 @@ func Redis(tb testing.TB, args ...string) *Server {
 	s := &Server{
 		Addr: net.JoinHostPort("127.0.0.1", port),
 		tb:   tb,
-		args: append([]string{
-			"--port", port, "--bind", "127.0.0.1", "--dir", dir,
-			"--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0", "--logfile", filepath.Join(dir, "log"),
-		}, args...),
+		args: slices.Concat(first, []string{
+			"--port", port, "--bind", "127.0.0.1", "--dir", dir, "--logfile", filepath.Join(dir, "log"),
+		}, args),
 	}
 	s.Start()
 	tb.Cleanup(s.Kill)
@@ -157,6 +175,21 @@ func (s *Server) Follow(master *Server) {
 	}
 	Eventually(s.tb, link, func() bool {
 		return strings.Contains(client.Info(context.Background(), "replication").Val(), link)
+	})
+}
+
+// AwaitReplicated waits until so many replicas have what was written before. In a
+// cluster, the server is the master of key, which has no braces.
+func (s *Server) AwaitReplicated(key string, replicas int64) {
+	s.tb.Helper()
+	ctx := context.Background()
+	client := s.Client()
+	Eventually(s.tb, "the replicas have it all", func() bool {
+		pipe := client.Pipeline() // WAIT counts the writes of its own connection
+		pipe.Set(ctx, "{"+key+"}:replicated", "", time.Second)
+		have := pipe.Do(ctx, "wait", replicas, 1000)
+		_, err := pipe.Exec(ctx)
+		return err == nil && have.Val() == replicas
 	})
 }
 
