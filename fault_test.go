@@ -541,25 +541,39 @@ func TestServerRestartsEmptyWhileTwentyWait(t *testing.T) {
 	requireClean(t, s.Client())
 }
 
-// workerEnv makes the test binary a process that waits for a lock, and holds it
-// until its standard input ends. Its value is the server's address.
+// workerEnv makes the test binary a process that waits for a lock, holds it and
+// releases it: "<address> <ttl> <for how long>".
 const workerEnv = "DMUTEX_TEST_WORKER"
 
-func worker(addr string) {
+func worker(work string) {
+	var addr, ttl, hold string
+	_, _ = fmt.Sscan(work, &addr, &ttl, &hold)
+	parse := func(s string) time.Duration {
+		d, err := time.ParseDuration(s)
+		if err != nil {
+			panic(err)
+		}
+		return d
+	}
 	client := redis.NewClient(&redis.Options{Addr: addr})
 	go func() { // ends with the parent, however that ends
 		_, _ = bufio.NewReader(os.Stdin).ReadByte()
 		os.Exit(0)
 	}()
-	m := dmutex.New("k", time.Minute, client)
+	m := dmutex.New("k", parse(ttl), client)
 	if err := m.Lock(context.Background()); err != nil {
 		fmt.Println(err)
 		os.Exit(1)
 	}
 	fmt.Println("held")
-	if err := m.Unlock(context.Background()); err != nil {
+	time.Sleep(parse(hold))
+	switch err := m.Unlock(context.Background()); {
+	case err == nil:
+		fmt.Println("released")
+	case errors.Is(err, dmutex.ErrLockLost):
+		fmt.Println("lost")
+	default:
 		fmt.Println(err)
-		os.Exit(1)
 	}
 	os.Exit(0)
 }

@@ -4,6 +4,7 @@ package dmutex_test
 
 import (
 	"bufio"
+	"fmt"
 	"os"
 	"os/exec"
 	"syscall"
@@ -16,12 +17,12 @@ import (
 	"github.com/omniful/go_commons/dmutex/internal/rig"
 )
 
-// startWorker starts a process that waits for the lock. What it prints comes out
-// of the channel.
-func startWorker(t *testing.T, addr string) (*exec.Cmd, <-chan string) {
+// startWorker starts a process that waits for the lock and holds it for a while. What
+// it prints comes out of the channel.
+func startWorker(t *testing.T, addr string, ttl, hold time.Duration) (*exec.Cmd, <-chan string) {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), workerEnv+"="+addr)
+	cmd.Env = append(os.Environ(), workerEnv+fmt.Sprintf("=%s %v %v", addr, ttl, hold))
 	stdin, err := cmd.StdinPipe()
 	require.NoError(t, err)
 	stdout, err := cmd.StdoutPipe()
@@ -48,7 +49,7 @@ func TestWaitingProcessDies(t *testing.T) {
 			ctx := timeout(t)
 			client := s.Client()
 			holder, next := locked(t, "k", long, client), dmutex.New("k", long, client)
-			first, _ := startWorker(t, s.Addr)
+			first, _ := startWorker(t, s.Addr, long, 0)
 			awaitQueue(t, client, "k", 1)
 			gotten := lock(ctx, next)
 			awaitQueue(t, client, "k", 2)
@@ -69,7 +70,7 @@ func TestWaitingProcessDies(t *testing.T) {
 			ctx := timeout(t)
 			client := s.Client()
 			holder, next := locked(t, "k", long, client), dmutex.New("k", long, client)
-			first, said := startWorker(t, s.Addr)
+			first, said := startWorker(t, s.Addr, long, 0)
 			awaitQueue(t, client, "k", 1)
 			gotten := lock(ctx, next)
 			awaitQueue(t, client, "k", 2)
@@ -83,4 +84,26 @@ func TestWaitingProcessDies(t *testing.T) {
 			require.Equal(t, "held", receive(t, said), "it is alive after all")
 		})
 	})
+}
+
+// A process that was stopped until its ttl was over has lost the lock, and is told so;
+// whoever holds it then keeps it.
+func TestHoldersProcessIsStoppedForTooLong(t *testing.T) {
+	s := rig.Redis(t)
+	ctx := timeout(t)
+	client := s.Client()
+	holder, said := startWorker(t, s.Addr, 2*time.Second, 1500*time.Millisecond)
+	require.Equal(t, "held", receive(t, said))
+	told := watch(ctx, dmutex.New("k", long, client))
+	next := dmutex.New("k", long, client)
+	gotten := lock(ctx, next)
+	require.NoError(t, holder.Process.Signal(syscall.SIGSTOP))
+	require.NoError(t, receive(t, gotten))
+	require.Equal(t, expired(), receive(t, told))
+	require.NoError(t, holder.Process.Signal(syscall.SIGCONT))
+	require.Equal(t, "lost", receive(t, said))
+	left, err := next.LockedUntil(ctx)
+	require.NoError(t, err)
+	require.Positive(t, left)
+	require.NoError(t, next.Unlock(ctx))
 }

@@ -432,7 +432,7 @@ func (c *claim) abandon(ctx context.Context) {
 		defer cancel()
 		for pause := firstPause; ; pause *= 2 {
 			_, err := port.release(ctx)
-			if err == nil || !transient(err) || sleep(ctx, jitter(pause/2, pause)) != nil {
+			if err == nil || errors.Is(err, redis.ErrClosed) || sleep(ctx, jitter(pause/2, pause)) != nil {
 				return
 			}
 		}

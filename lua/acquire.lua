@@ -48,6 +48,8 @@ if waits then
   end
   redis.call('ZADD', queue, since, ticket)
   redis.call('PEXPIRE', queue, queue_ttl)
+elseif holder then
+  redis.call('ZREM', queue, '') -- changes nothing: for a replica to refuse, see look.lua
 end
 
 if not holder then
