@@ -304,7 +304,7 @@ func TestSentinel(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := rig.NewSentinel(t)
+			s := rig.NewSentinel(t, time.Second)
 			ctx, cancel := context.WithTimeout(context.Background(), 2*hang)
 			defer cancel()
 			client := s.Client()

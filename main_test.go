@@ -29,6 +29,9 @@ func TestMain(m *testing.M) {
 	if work := os.Getenv(workerEnv); work != "" {
 		worker(work)
 	}
+	if role := os.Getenv(chaosEnv); role != "" {
+		playChaos(role)
+	}
 	redis.SetLogger(silent{}) // it speaks of every connection that a test cuts
 	code := m.Run()
 	if left := goroutinesLeft(); left != "" && code == 0 {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -14,8 +15,8 @@ import (
 )
 
 const (
-	masters = 3
-	slots   = 16384
+	masters  = 3
+	allSlots = 16384
 )
 
 // Cluster is a Redis Cluster of three masters with a replica each.
@@ -38,7 +39,7 @@ func NewCluster(tb testing.TB) *Cluster {
 	}
 	for i, s := range c.Servers {
 		if i < masters {
-			c.do(s, "cluster", "addslotsrange", i*slots/masters, (i+1)*slots/masters-1)
+			c.do(s, "cluster", "addslotsrange", i*allSlots/masters, (i+1)*allSlots/masters-1)
 		}
 		host, port, _ := net.SplitHostPort(s.Addr)
 		bus := s.args[slices.Index(s.args, "--cluster-port")+1]
@@ -110,8 +111,7 @@ func (c *Cluster) AwaitReplicas() {
 // On returns a client of one of the servers, which has only one connection.
 func (c *Cluster) On(s *Server) *redis.Client { return c.clients[s.Addr] }
 
-// Client returns a client of its own for the cluster, closed with the test. It is
-// told the slots by us: go-redis v8 cannot read what Redis 7 says of them.
+// Client returns a client of its own for the cluster, closed with the test.
 func (c *Cluster) Client(change ...func(*redis.ClusterOptions)) *redis.ClusterClient {
 	c.tb.Helper()
 	opt := &redis.ClusterOptions{ClusterSlots: c.Slots, PoolSize: 20}
@@ -125,8 +125,22 @@ func (c *Cluster) Client(change ...func(*redis.ClusterOptions)) *redis.ClusterCl
 
 // Slots tells who serves what, masters first.
 func (c *Cluster) Slots(ctx context.Context) ([]redis.ClusterSlot, error) {
+	return slots(ctx, slices.Collect(maps.Values(c.clients)))
+}
+
+// SlotsFrom returns what a cluster client needs to know of the slots: go-redis v8
+// cannot read what Redis 7 says of them.
+func SlotsFrom(addrs []string) func(context.Context) ([]redis.ClusterSlot, error) {
+	var clients []*redis.Client
+	for _, addr := range addrs {
+		clients = append(clients, redis.NewClient(&redis.Options{Addr: addr, MaxRetries: -1, ReadTimeout: time.Second, PoolSize: 1}))
+	}
+	return func(ctx context.Context) ([]redis.ClusterSlot, error) { return slots(ctx, clients) }
+}
+
+func slots(ctx context.Context, clients []*redis.Client) ([]redis.ClusterSlot, error) {
 	var lastErr error
-	for _, client := range c.clients {
+	for _, client := range clients {
 		found, err := slotsOf(ctx, client)
 		if len(found) > 0 {
 			return found, nil
@@ -233,15 +247,17 @@ func (c *Cluster) Migrate(key string, meanwhile func()) {
 // Sentinel is a master with two replicas, and three sentinels that watch them.
 type Sentinel struct {
 	Servers   []*Server // the first one is the master to begin with
-	sentinels []*Server
+	Sentinels []*Server
 
 	tb testing.TB
 }
 
-const masterName = "locks"
+// MasterName is by which the sentinels know the master.
+const MasterName = "locks"
 
-// NewSentinel starts them, and ends them with the test.
-func NewSentinel(tb testing.TB) *Sentinel {
+// NewSentinel starts them, and ends them with the test. A master that does not answer
+// for downAfter is replaced.
+func NewSentinel(tb testing.TB, downAfter time.Duration) *Sentinel {
 	tb.Helper()
 	s := &Sentinel{tb: tb}
 	for range 3 {
@@ -252,12 +268,12 @@ func NewSentinel(tb testing.TB) *Sentinel {
 	}
 	host, port, _ := net.SplitHostPort(s.Servers[0].Addr)
 	for range 3 {
-		s.sentinels = append(s.sentinels, sentinel(tb, fmt.Sprintf(
+		s.Sentinels = append(s.Sentinels, sentinel(tb, fmt.Sprintf(
 			"sentinel monitor %[1]s %[2]s %[3]s 2\n"+
-				"sentinel down-after-milliseconds %[1]s 1000\n"+
-				"sentinel failover-timeout %[1]s 5000\n", masterName, host, port)))
+				"sentinel down-after-milliseconds %[1]s %[4]d\n"+
+				"sentinel failover-timeout %[1]s 5000\n", MasterName, host, port, downAfter.Milliseconds())))
 	}
-	for _, s := range s.sentinels {
+	for _, s := range s.Sentinels {
 		client := s.Client()
 		Eventually(tb, "the sentinels know everybody", func() bool {
 			info := client.Info(context.Background()).Val()
@@ -267,26 +283,46 @@ func NewSentinel(tb testing.TB) *Sentinel {
 	return s
 }
 
+// Addrs returns the addresses of the sentinels.
+func (s *Sentinel) Addrs() (addrs []string) {
+	for _, sentinel := range s.Sentinels {
+		addrs = append(addrs, sentinel.Addr)
+	}
+	return addrs
+}
+
 // Client returns a client of its own, closed with the test.
 func (s *Sentinel) Client() *redis.Client {
 	s.tb.Helper()
-	var addrs []string
-	for _, sentinel := range s.sentinels {
-		addrs = append(addrs, sentinel.Addr)
-	}
-	client := redis.NewFailoverClient(&redis.FailoverOptions{MasterName: masterName, SentinelAddrs: addrs, PoolSize: 20})
+	client := redis.NewFailoverClient(&redis.FailoverOptions{MasterName: MasterName, SentinelAddrs: s.Addrs(), PoolSize: 20})
 	s.tb.Cleanup(func() { _ = client.Close() })
 	return client
+}
+
+// FailOvers tells how many there were.
+func (s *Sentinel) FailOvers() (n int) {
+	s.tb.Helper()
+	client := s.Sentinels[0].Client()
+	fields, err := client.Do(context.Background(), "sentinel", "master", MasterName).Slice()
+	if err != nil {
+		s.tb.Fatal(err)
+	}
+	for i, field := range fields {
+		if field == "config-epoch" {
+			_, _ = fmt.Sscan(fields[i+1].(string), &n)
+		}
+	}
+	return n
 }
 
 // FailOver has the sentinels choose another master, and waits until they have.
 func (s *Sentinel) FailOver() {
 	s.tb.Helper()
-	client := redis.NewSentinelClient(&redis.Options{Addr: s.sentinels[0].Addr})
+	client := redis.NewSentinelClient(&redis.Options{Addr: s.Sentinels[0].Addr})
 	defer client.Close()
 	before := s.Master()
 	Eventually(s.tb, "the failover begins", func() bool {
-		return client.Failover(context.Background(), masterName).Err() == nil
+		return client.Failover(context.Background(), MasterName).Err() == nil
 	})
 	Eventually(s.tb, "the failover ends", func() bool { return s.Master() != before })
 }
@@ -296,9 +332,9 @@ func (s *Sentinel) Master() (master *Server) {
 	s.tb.Helper()
 	Eventually(s.tb, "the sentinels agree", func() bool {
 		master = nil
-		for _, sentinel := range s.sentinels {
+		for _, sentinel := range s.Sentinels {
 			client := redis.NewSentinelClient(&redis.Options{Addr: sentinel.Addr})
-			at, err := client.GetMasterAddrByName(context.Background(), masterName).Result()
+			at, err := client.GetMasterAddrByName(context.Background(), MasterName).Result()
 			_ = client.Close()
 			if err != nil {
 				return false
