@@ -2,6 +2,7 @@ GOFUMPT     := mvdan.cc/gofumpt@v0.9.2
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.7.0
 FUZZTIME    ?= 30s
 BENCHTIME   ?= 1s
+CHAOS_TIME  ?= 1m
 
 .PHONY: help
 help: ## Show this list
@@ -32,6 +33,10 @@ lint: tidy ## Check the form of the code
 .PHONY: fuzz
 fuzz: ## Fuzz each target for FUZZTIME
 	go test -run '^$$' -fuzz '^FuzzKey$$' -fuzztime $(FUZZTIME) .
+
+.PHONY: chaos
+chaos: ## Processes and faults let loose, for CHAOS_TIME each on three kinds of server
+	CHAOS_TIME=$(CHAOS_TIME) DMUTEX_REAL=required go test -run '^TestChaos' -timeout 0 -v .
 
 .PHONY: bench
 bench: ## Run the benchmarks on a redis-server of their own

@@ -284,6 +284,24 @@ func (f *faulty) requireNothingLeft(ctx context.Context, other *dmutex.Mutex) {
 	})
 }
 
+// What ends a hold needs no memory.
+func TestUnlockOutOfMemory(t *testing.T) {
+	s := rig.Redis(t)
+	ctx := timeout(t)
+	client := s.Client()
+	holder, next := locked(t, "k", long, client), dmutex.New("k", long, client)
+	gotten, told := lock(ctx, next), watch(ctx, dmutex.New("k", long, client))
+	awaitQueue(t, client, "k", 1)
+	awaitSubscribed(t, client, "dmutex-k")
+	require.NoError(t, client.ConfigSet(ctx, "maxmemory", "1").Err())
+	require.NoError(t, holder.Unlock(ctx))
+	require.Equal(t, released(), receive(t, told))
+	require.NoError(t, receive(t, gotten))
+	require.NoError(t, next.Unlock(ctx))
+	require.ErrorIs(t, next.Unlock(ctx), dmutex.ErrNotHeld)
+	require.Zero(t, client.Exists(ctx, "k").Val())
+}
+
 // A pool that others use up delays calls, but what is asked for is done at last, or
 // it is said that it was not.
 func TestPoolIsUsedUp(t *testing.T) {
