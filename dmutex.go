@@ -36,6 +36,14 @@
 //
 // A mutex is not re-entrant: a second Lock waits for the first one's Unlock.
 //
+// # How long to hold it
+//
+// A ttl is a guess of how long the work takes. [Mutex.Do] needs none: it renews the lock
+// while a function runs, ends its ctx when the lock is lost, and releases the lock. The
+// ttl is then what the others wait if the process dies. [WithKeepAlive] and
+// [Mutex.Lost] do the same for Lock and Unlock, [Mutex.Extend] renews by hand, and
+// [WithMaxHold] bounds them all.
+//
 // # How it works
 //
 // Each attempt has a ticket, "<inbox>.<random>", chosen before anything is sent;
@@ -105,15 +113,15 @@ type Mutex struct {
 	node  node
 	err   error // of New, told by every method
 
+	keepAlive bool
+	maxHold   time.Duration // 0: no bound
+
 	holds holds
 
 	// seen is the hold that made the latest TryLock fail, or whose end a
 	// WaitUntilUnlocked did not live to see; nil once its end was told.
 	seen atomic.Pointer[sighting]
 }
-
-// Option changes how a Mutex works. There are none yet.
-type Option interface{ apply(*Mutex) }
 
 // New returns a mutex for the lock with the given key on client's Redis. A hold
 // lasts for ttl, in whole milliseconds, unless it is released before; choose it
@@ -170,7 +178,11 @@ func (m *Mutex) lock(ctx context.Context) (*claim, error) {
 	if err := m.checkWith(ctx); err != nil {
 		return nil, err
 	}
-	return m.acquire(ctx)
+	c, err := m.acquire(ctx)
+	if err == nil {
+		m.seen.Store(nil)
+	}
+	return c, err
 }
 
 // TryLock takes the lock if it is free and nobody waits for it, in one round trip.
@@ -179,15 +191,21 @@ func (m *Mutex) lock(ctx context.Context) (*claim, error) {
 // Any error is an [*ErrFailedToLock], which matches what that of Lock does; the lock
 // is not held then. An answer that came when the ttl was over already is an error.
 func (m *Mutex) TryLock(ctx context.Context) (acquired bool, err error) {
-	if acquired, err = m.tryLock(ctx); err != nil {
+	c, err := m.tryLock(ctx)
+	switch {
+	case err != nil:
 		return false, &ErrFailedToLock{Key: m.key, Err: err}
+	case c == nil:
+		return false, nil
 	}
-	return acquired, nil
+	m.granted(c)
+	return true, nil
 }
 
-func (m *Mutex) tryLock(ctx context.Context) (bool, error) {
+// tryLock returns nil if somebody else holds the lock.
+func (m *Mutex) tryLock(ctx context.Context) (*claim, error) {
 	if err := m.checkWith(ctx); err != nil {
-		return false, err
+		return nil, err
 	}
 	c := newClaim(m.node, m.names, m.ttl, newInbox())
 	sent := time.Now()
@@ -195,18 +213,18 @@ func (m *Mutex) tryLock(ctx context.Context) (bool, error) {
 	switch {
 	case err != nil:
 		c.abandon(ctx)
-		return false, err
+		return nil, err
 	case seen.status == "held":
-		m.granted(c)
-		return true, nil
+		m.seen.Store(nil)
+		return c, nil
 	case seen.ttl < 0:
-		return false, ErrNoExpiry
+		return nil, ErrNoExpiry
 	}
 	if time.Since(sent) > repeatFloor {
 		c.abandon(ctx) // an earlier copy of the request may still be on its way
 	}
 	m.seen.Store(sighted(seen, sent))
-	return false, nil
+	return nil, nil
 }
 
 // Unlock releases the lock and hands it to the first who waits, in one round trip.
@@ -235,12 +253,111 @@ func (m *Mutex) unlock(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = c.release(ctx)
+	err = m.giveBack(ctx, c)
 	if err != nil && !errors.Is(err, ErrLockLost) {
 		m.holds.putBack(c)
-		c.abandon(ctx)
 	}
 	return err
+}
+
+// giveBack ends a hold, in the background if Redis does not answer.
+func (m *Mutex) giveBack(ctx context.Context, h *hold) error {
+	h.leave()
+	err := h.release(ctx)
+	if err != nil && !errors.Is(err, ErrLockLost) {
+		h.abandon(ctx)
+	}
+	return err
+}
+
+// Do runs f while it holds the lock: it waits for the lock as [Mutex.Lock] does, keeps
+// it for as long as f takes, and releases it, also if f panics.
+//
+// The lock is renewed every third of its ttl, so the ttl need not cover the work; it is
+// what the others wait if this process dies. The ctx of f is derived from ctx, and ends
+// at the moment when the lock can no longer be relied on: when Redis could not be
+// reached until the ttl was over, when the key was deleted or taken over, or when
+// [WithMaxHold] is reached. [context.Cause] tells which, and matches [ErrLockLost]. f
+// should return then; what it writes after that moment may meet the next holder's
+// writes.
+//
+// The error is a [*ErrFailedToLock] if f was not run. Else it is what f returned,
+// joined with a [*ErrFailedToUnlock] if the release failed; errors.Is and errors.As see
+// both. The hold is Do's own: Unlock, Extend and Lost know nothing of it.
+func (m *Mutex) Do(ctx context.Context, f func(ctx context.Context) error) error {
+	c, err := m.lock(ctx)
+	if err != nil {
+		return &ErrFailedToLock{Key: m.key, Err: err}
+	}
+	return m.do(ctx, c, f)
+}
+
+// TryDo is [Mutex.Do] if the lock is free and nobody waits for it. If somebody else
+// holds it the result is (false, nil), and f was not run.
+func (m *Mutex) TryDo(ctx context.Context, f func(ctx context.Context) error) (ran bool, err error) {
+	c, err := m.tryLock(ctx)
+	switch {
+	case err != nil:
+		return false, &ErrFailedToLock{Key: m.key, Err: err}
+	case c == nil:
+		return false, nil
+	}
+	return true, m.do(ctx, c, f)
+}
+
+func (m *Mutex) do(ctx context.Context, c *claim, f func(ctx context.Context) error) (err error) {
+	h := newHold(c, m.maxHold)
+	inner, end := context.WithCancelCause(ctx)
+	h.keep(true, end)
+	defer func() {
+		end(nil)
+		if failed := m.giveBack(ctx, h); failed != nil {
+			err = errors.Join(err, &ErrFailedToUnlock{Key: m.key, Err: failed})
+		}
+	}()
+	return f(inner)
+}
+
+// Extend lets the lock that this mutex holds last for its ttl from now on, in one round
+// trip. It is for holders who know how far they are; [WithKeepAlive] and [Mutex.Do] do
+// it by themselves.
+//
+// Any error is an [*ErrFailedToExtend]. It matches [ErrNotHeld] if this mutex holds
+// nothing, [ErrLockLost] if the hold has ended, and else ctx.Err() or what went wrong:
+// then it is not known whether the hold was extended, and its former end counts.
+func (m *Mutex) Extend(ctx context.Context) error {
+	if err := m.extend(ctx); err != nil {
+		return &ErrFailedToExtend{Key: m.key, Err: err}
+	}
+	return nil
+}
+
+func (m *Mutex) extend(ctx context.Context) error {
+	if err := m.checkWith(ctx); err != nil {
+		return err
+	}
+	h := m.holds.newest()
+	if h == nil {
+		return ErrNotHeld
+	}
+	return h.extend(ctx)
+}
+
+// Lost returns a channel that is closed when the lock that this mutex holds can no
+// longer be relied on: its ttl is over, or a renewal found that it was deleted or taken
+// over. It is not closed by Unlock. If the mutex holds nothing it is closed already.
+//
+// For as long as the hold lasts, the first call starts a goroutine that looks at the
+// clock, if [WithKeepAlive] has not started one.
+func (m *Mutex) Lost() <-chan struct{} {
+	h := m.holds.newest()
+	if h == nil {
+		closed := make(chan struct{})
+		close(closed)
+		return closed
+	}
+	h.keep(false, func(error) {})
+	return h.lost
 }
 
 // WaitUntilUnlocked waits until the hold that is there when it is called ends, or
@@ -315,8 +432,11 @@ func (m *Mutex) checkWith(ctx context.Context) error {
 	return ctxErr(ctx)
 }
 
-// granted records that c got the lock.
+// granted records a hold that Unlock will end.
 func (m *Mutex) granted(c *claim) {
-	m.holds.add(c)
-	m.seen.Store(nil)
+	h := newHold(c, m.maxHold)
+	m.holds.add(h)
+	if m.keepAlive {
+		h.keep(true, func(error) {})
+	}
 }

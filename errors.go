@@ -10,9 +10,10 @@ var (
 	// nothing: it was never locked, or has been unlocked already.
 	ErrNotHeld = errors.New("dmutex: lock is not held")
 
-	// ErrLockLost is matched by the error of an Unlock whose hold had ended
-	// before: its ttl ran out, or its key was deleted or taken over. Work done
-	// under that hold may have overlapped with the next holder's.
+	// ErrLockLost is matched by the error of an Unlock or Extend whose hold had
+	// ended before: its ttl ran out, or its key was deleted or taken over. Work done
+	// under that hold may have overlapped with the next holder's. It is matched, too,
+	// by the cause of a ctx that [Mutex.Do] ended.
 	ErrLockLost = errors.New("dmutex: lock was lost before it was released")
 
 	// ErrFateUnknown is matched by the error of a WaitUntilUnlocked that saw a hold,
@@ -54,3 +55,17 @@ func (e *ErrFailedToUnlock) Error() string {
 
 // Unwrap returns the cause.
 func (e *ErrFailedToUnlock) Unwrap() error { return e.Err }
+
+// ErrFailedToExtend is what Extend returns, as a pointer, when the hold does not last
+// for longer, or it is not known whether it does.
+type ErrFailedToExtend struct {
+	Key string // the lock's key
+	Err error  // why, never nil
+}
+
+func (e *ErrFailedToExtend) Error() string {
+	return fmt.Sprintf("dmutex: failed to extend %q: %v", e.Key, e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *ErrFailedToExtend) Unwrap() error { return e.Err }

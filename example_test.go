@@ -151,3 +151,48 @@ func ExampleErrFailedToLock() {
 	}
 	// Output: invoice:4711 true
 }
+
+func ExampleMutex_Do() {
+	client, closeAll := connect()
+	defer closeAll()
+	ctx := context.Background()
+
+	mutex := dmutex.New("nightly-report", 5*time.Second, client)
+	err := mutex.Do(ctx, func(ctx context.Context) error {
+		for page := 1; page <= 3; page++ {
+			if ctx.Err() != nil {
+				return context.Cause(ctx) // the lock is lost, or the caller's ctx has ended
+			}
+			fmt.Println("page", page)
+		}
+		return nil
+	})
+	if errors.Is(err, dmutex.ErrLockLost) {
+		log.Print("somebody else may have worked at the same time: ", err)
+	}
+	// Output:
+	// page 1
+	// page 2
+	// page 3
+}
+
+func ExampleWithKeepAlive() {
+	client, closeAll := connect()
+	defer closeAll()
+	ctx := context.Background()
+
+	mutex := dmutex.New("leader", 5*time.Second, client, dmutex.WithKeepAlive(), dmutex.WithMaxHold(time.Hour))
+	if err := mutex.Lock(ctx); err != nil {
+		log.Fatal(err)
+	}
+	select {
+	case <-mutex.Lost():
+		fmt.Println("no longer the leader")
+	case <-time.After(10 * time.Millisecond): // there is something to do
+		fmt.Println("still the leader")
+	}
+	if err := mutex.Unlock(ctx); err != nil {
+		log.Print(err)
+	}
+	// Output: still the leader
+}

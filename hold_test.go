@@ -17,12 +17,12 @@ func TestOlderGrantIsNotTakenForTheNewer(t *testing.T) {
 	defer client.Close()
 	node, err := nodeOf(client, "k")
 	require.NoError(t, err)
-	grant := func() *claim {
+	grant := func() *hold {
 		c := newClaim(node, namesOf("k"), time.Minute, newInbox())
 		seen, err := c.try(context.Background())
 		require.NoError(t, err)
 		require.Equal(t, "held", seen.status)
-		return c
+		return newHold(c, 0)
 	}
 	older := grant()
 	server.FastForward(time.Minute)

@@ -64,15 +64,19 @@ var (
 	acquireLua string
 	//go:embed lua/release.lua
 	releaseLua string
+	//go:embed lua/extend.lua
+	extendLua string
 	//go:embed lua/look.lua
 	lookLua string
 
 	acquireScript = redis.NewScript(handoverLua + acquireLua)
 	releaseScript = redis.NewScript(handoverLua + releaseLua)
+	extendScript  = redis.NewScript(extendLua)
 	lookScript    = redis.NewScript(lookLua)
 )
 
 var (
+	errMaxHold   = errors.New("it was held for as long as it may be")
 	errTooLate   = errors.New("the ttl was over before the answer came")
 	errNotUsable = errors.New("client is nil or was not made by its constructor")
 	errRing      = errors.New("client is a *redis.Ring, which can grant one lock twice")
@@ -328,24 +332,17 @@ func look(ctx context.Context, n node, names names, ticket string) (sight, error
 }
 
 // claim is one ticket on its way to the lock, through redsync. Not for use by two
-// goroutines at once, like the redsync.Mutex in it.
+// goroutines at once, like the redsync.Mutex in it, but for abandon and extend.
 type claim struct {
 	ticket string
+	ttl    time.Duration
 	mutex  *redsync.Mutex
 	port   *port
 }
 
 func newClaim(n node, names names, ttl time.Duration, inbox string) *claim {
 	p := &port{Pool: n.pool(), node: n, names: names, ticket: newTicket(inbox), grace: min(ttl, maxGrace)}
-	return &claim{
-		ticket: p.ticket,
-		port:   p,
-		mutex: redsync.New(p).NewMutex(names.lock,
-			redsync.WithExpiry(ttl),
-			redsync.WithTimeoutFactor(float64(min(max(ttl, minAnswerTime), maxAnswerTime))/float64(ttl)),
-			redsync.WithGenValueFunc(func() (string, error) { return p.ticket, nil }),
-		),
-	}
+	return &claim{ticket: p.ticket, ttl: ttl, port: p, mutex: p.mutex(ttl)}
 }
 
 // inLine makes the following tries ask for a place in the queue; since is the one
@@ -385,8 +382,28 @@ func (c *claim) try(ctx context.Context) (sight, error) {
 	}
 }
 
-// until is when the hold ends on our own clock, if the claim was granted.
+// until is when the hold that was granted ends on our own clock, if it is not
+// extended.
 func (c *claim) until() time.Time { return c.mutex.Until() }
+
+// extend lets the hold last for the ttl from now on, and returns when it ends then.
+// The error matches ErrLockLost if it was lost before.
+func (c *claim) extend(ctx context.Context) (until time.Time, err error) {
+	// A mutex of its own: redsync's are not safe for concurrent use.
+	m := c.port.mutex(c.ttl)
+	_, err = m.ExtendContext(ctx)
+	var taken *redsync.ErrTaken
+	switch {
+	case err == nil:
+		return m.Until(), nil
+	case errors.As(err, &taken), hasCode(err, []string{"WRONGTYPE "}):
+		return time.Time{}, fmt.Errorf("%w: %w", ErrLockLost, err)
+	case errors.Is(err, redsync.ErrExtendFailed):
+		return time.Time{}, errTooLate
+	default:
+		return time.Time{}, given(ctx, err)
+	}
+}
 
 // release gives the lock back. The error matches ErrLockLost if it was lost
 // before. It takes no notice of the end of ctx, and is bounded by cleanUpTime. A
@@ -414,7 +431,7 @@ func (c *claim) releaseOnce(ctx context.Context) error {
 	case released:
 		return nil
 	case errors.Is(err, redsync.ErrLockAlreadyExpired), errors.As(err, &taken),
-		strings.Contains(err.Error(), "WRONGTYPE "): // the key has become something else
+		hasCode(err, []string{"WRONGTYPE "}): // the key has become something else
 		return fmt.Errorf("%w: %w", ErrLockLost, err)
 	default:
 		return given(context.Background(), err)
@@ -453,6 +470,16 @@ type port struct {
 	ending bool   // redsync's delete is meant, see portConn.Eval
 }
 
+// mutex returns a redsync.Mutex that works on p.
+func (p *port) mutex(ttl time.Duration) *redsync.Mutex {
+	return redsync.New(p).NewMutex(p.names.lock,
+		redsync.WithExpiry(ttl),
+		redsync.WithTimeoutFactor(float64(min(max(ttl, minAnswerTime), maxAnswerTime))/float64(ttl)),
+		redsync.WithGenValueFunc(func() (string, error) { return p.ticket, nil }),
+		redsync.WithValue(p.ticket),
+	)
+}
+
 func (p *port) Get(ctx context.Context) (redsyncredis.Conn, error) {
 	conn, err := p.Pool.Get(ctx)
 	return &portConn{conn, ctx, p}, err
@@ -474,9 +501,9 @@ func (c *portConn) SetNX(_, _ string, ttl time.Duration) (bool, error) {
 // Eval is redsync's delete or, with a third argument, its touch. It also deletes
 // after every try that failed: that must not end a ticket which waits, so only
 // the delete of a release is let through.
-func (c *portConn) Eval(script *redsyncredis.Script, keysAndArgs ...any) (any, error) {
+func (c *portConn) Eval(_ *redsyncredis.Script, keysAndArgs ...any) (any, error) {
 	if isDelete := len(keysAndArgs) == 2; !isDelete {
-		return c.Conn.Eval(script, keysAndArgs...)
+		return c.port.node.run(c.ctx, extendScript, []string{c.port.names.lock}, keysAndArgs[1:]...)
 	}
 	if !c.port.ending {
 		return int64(0), nil

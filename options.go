@@ -1,0 +1,32 @@
+package dmutex
+
+import (
+	"fmt"
+	"time"
+)
+
+// Option changes how a Mutex works.
+type Option interface{ apply(*Mutex) }
+
+type option func(*Mutex)
+
+func (o option) apply(m *Mutex) { o(m) }
+
+// WithKeepAlive has a lock that Lock or TryLock got be renewed until Unlock: every
+// third of the ttl, in one round trip, by a goroutine that lives as long as the hold.
+// The ttl is then only what the others wait if the holder dies, so it may be short.
+// Whether the hold was lost all the same is told by [Mutex.Lost].
+//
+// A holder that hangs and is not dead holds for ever; see [WithMaxHold].
+func WithKeepAlive() Option { return option(func(m *Mutex) { m.keepAlive = true }) }
+
+// WithMaxHold bounds how long a lock may be held with renewals, by [WithKeepAlive],
+// [Mutex.Do] and [Mutex.Extend] alike: none is made that would let the hold last for
+// longer than d. d is at least the ttl, or every method returns an error.
+func WithMaxHold(d time.Duration) Option {
+	return option(func(m *Mutex) {
+		if m.maxHold = d; d < m.ttl && m.err == nil {
+			m.err = fmt.Errorf("hold is bounded by %v, less than its ttl of %v", d, m.ttl)
+		}
+	})
+}
