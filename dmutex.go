@@ -114,6 +114,7 @@ type Mutex struct {
 	err   error // of New, told by every method
 
 	keepAlive bool
+	fencing   bool
 	maxHold   time.Duration // 0: no bound
 
 	holds holds
@@ -207,7 +208,7 @@ func (m *Mutex) tryLock(ctx context.Context) (*claim, error) {
 	if err := m.checkWith(ctx); err != nil {
 		return nil, err
 	}
-	c := newClaim(m.node, m.names, m.ttl, newInbox())
+	c := m.newClaim(newInbox())
 	sent := time.Now()
 	seen, err := c.try(ctx)
 	switch {
@@ -307,7 +308,7 @@ func (m *Mutex) TryDo(ctx context.Context, f func(ctx context.Context) error) (r
 
 func (m *Mutex) do(ctx context.Context, c *claim, f func(ctx context.Context) error) (err error) {
 	h := newHold(c, m.maxHold)
-	inner, end := context.WithCancelCause(ctx)
+	inner, end := context.WithCancelCause(context.WithValue(ctx, tokenKey{}, c.token()))
 	h.keep(true, end)
 	defer func() {
 		end(nil)
@@ -404,6 +405,26 @@ func (m *Mutex) LockedUntil(ctx context.Context) (time.Duration, error) {
 	}
 	return seen.ttl, nil
 }
+
+// Token returns the fencing token of the lock that this mutex holds: a positive number
+// that is greater than that of each earlier hold. It is 0 if the mutex holds nothing,
+// or was made without [WithFencing].
+func (m *Mutex) Token() int64 {
+	h := m.holds.newest()
+	if h == nil {
+		return 0
+	}
+	return h.token()
+}
+
+// TokenFrom returns the fencing token of the hold under which [Mutex.Do] runs a
+// function with this ctx; 0 if there is none, see [Mutex.Token].
+func TokenFrom(ctx context.Context) int64 {
+	token, _ := ctx.Value(tokenKey{}).(int64)
+	return token
+}
+
+type tokenKey struct{}
 
 // failed returns err as an error of a call that has no error type of its own.
 func (m *Mutex) failed(what string, err error) error {

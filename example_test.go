@@ -196,3 +196,41 @@ func ExampleWithKeepAlive() {
 	}
 	// Output: still the leader
 }
+
+// The storage refuses a writer whose token is smaller than one that it has seen: here a
+// Redis hash, below it an SQL table, whose driver tells how many rows were affected.
+func ExampleWithFencing() {
+	client, closeAll := connect()
+	defer closeAll()
+	ctx := context.Background()
+
+	guarded := redis.NewScript(`
+		if tonumber(redis.call('HGET', KEYS[1], 'token') or 0) > tonumber(ARGV[1]) then
+			return 'refused'
+		end
+		redis.call('HSET', KEYS[1], 'token', ARGV[1], 'balance', ARGV[2])
+		return 'written'`)
+
+	stale := dmutex.New("account:1", 50*time.Millisecond, client, dmutex.WithFencing())
+	if err := stale.Lock(ctx); err != nil {
+		log.Fatal(err)
+	}
+	client.Del(ctx, "account:1") // its ttl runs out while the process is stopped
+
+	mutex := dmutex.New("account:1", time.Minute, client, dmutex.WithFencing())
+	err := mutex.Do(ctx, func(ctx context.Context) error {
+		fmt.Println(guarded.Run(ctx, client, []string{"balance:1"}, dmutex.TokenFrom(ctx), 90).Val())
+		return nil
+	})
+	if err != nil {
+		log.Print(err)
+	}
+	fmt.Println(guarded.Run(ctx, client, []string{"balance:1"}, stale.Token(), 100).Val())
+
+	const update = `UPDATE accounts SET balance = $1, token = $2 WHERE id = $3 AND token <= $2`
+	fmt.Println(update, "-- no row affected: refused")
+	// Output:
+	// written
+	// refused
+	// UPDATE accounts SET balance = $1, token = $2 WHERE id = $3 AND token <= $2 -- no row affected: refused
+}

@@ -542,12 +542,12 @@ func TestServerRestartsEmptyWhileTwentyWait(t *testing.T) {
 }
 
 // workerEnv makes the test binary a process that waits for a lock, holds it and
-// releases it: "<address> <ttl> <for how long>".
+// releases it: "<address> <ttl> <for how long> <how it writes then>".
 const workerEnv = "DMUTEX_TEST_WORKER"
 
 func worker(work string) {
-	var addr, ttl, hold string
-	_, _ = fmt.Sscan(work, &addr, &ttl, &hold)
+	var addr, ttl, hold, writes string
+	_, _ = fmt.Sscan(work, &addr, &ttl, &hold, &writes)
 	parse := func(s string) time.Duration {
 		d, err := time.ParseDuration(s)
 		if err != nil {
@@ -560,13 +560,16 @@ func worker(work string) {
 		_, _ = bufio.NewReader(os.Stdin).ReadByte()
 		os.Exit(0)
 	}()
-	m := dmutex.New("k", parse(ttl), client)
+	m := dmutex.New("k", parse(ttl), client, dmutex.WithFencing())
 	if err := m.Lock(context.Background()); err != nil {
 		fmt.Println(err)
 		os.Exit(1)
 	}
 	fmt.Println("held")
 	time.Sleep(parse(hold))
+	if writes != "" {
+		fmt.Println(write(client, writes == "guarded", m.Token(), "first"))
+	}
 	switch err := m.Unlock(context.Background()); {
 	case err == nil:
 		fmt.Println("released")

@@ -3,6 +3,7 @@ package dmutex_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -329,4 +330,93 @@ func TestDoEndsItsCtxBeforeTheKeyExpires(t *testing.T) {
 			})
 		})
 	}
+}
+
+// guard refuses what comes with a token smaller than one that it has seen.
+var guard = redis.NewScript(`
+	if tonumber(redis.call('HGET', KEYS[1], 'token') or 0) > tonumber(ARGV[1]) then
+		return 'refused'
+	end
+	redis.call('HSET', KEYS[1], 'token', ARGV[1], 'value', ARGV[2])
+	return 'written'`)
+
+// write writes to "data", guarded or not, and returns what came of it.
+func write(client *redis.Client, guarded bool, token int64, value string) string {
+	ctx := context.Background()
+	if !guarded {
+		client.HSet(ctx, "data", "value", value)
+		return "written"
+	}
+	said, err := guard.Run(ctx, client, []string{"data"}, token, value).Text()
+	if err != nil {
+		return err.Error()
+	}
+	return said
+}
+
+func TestTokensRise(t *testing.T) {
+	rig.OnEach(t, func(t *testing.T, s *rig.Server) {
+		ctx := timeout(t)
+		client := s.Client()
+		var (
+			latest int64 // guarded by the lock
+			wg     sync.WaitGroup
+		)
+		for range 10 {
+			m := dmutex.New("k", long, client, dmutex.WithFencing())
+			wg.Go(func() {
+				for range 20 {
+					if !assert.NoError(t, m.Lock(ctx)) {
+						return
+					}
+					assert.Greater(t, m.Token(), latest)
+					latest = m.Token()
+					assert.NoError(t, m.Unlock(ctx))
+					assert.Zero(t, m.Token())
+				}
+			})
+		}
+		wg.Wait()
+		for _, key := range client.Keys(ctx, "*").Val() {
+			require.Positive(t, client.PTTL(ctx, key).Val(), "%q never expires", key)
+		}
+
+		m := dmutex.New("k", long, client, dmutex.WithFencing())
+		next := func() int64 {
+			var token int64
+			ran, err := m.TryDo(ctx, func(ctx context.Context) error {
+				token = dmutex.TokenFrom(ctx)
+				return nil
+			})
+			require.NoError(t, err)
+			require.True(t, ran)
+			return token
+		}
+		require.NoError(t, client.FlushAll(ctx).Err())
+		require.Greater(t, next(), latest, "after all data were lost")
+
+		const future = int64(1) << 52
+		require.NoError(t, client.Set(ctx, "k{k}:dmutex:fence", fmt.Sprint(future, " somebody"), long).Err())
+		require.Equal(t, future+1, next(), "after the clock was set back")
+		require.Equal(t, future+2, next())
+
+		plain := dmutex.New("k", long, client)
+		require.NoError(t, plain.Do(ctx, func(ctx context.Context) error {
+			require.Zero(t, dmutex.TokenFrom(ctx))
+			return nil
+		}))
+	})
+}
+
+// A repeat of the request, after a lost reply, is answered with the same token.
+func TestTokenOfALostReply(t *testing.T) {
+	throughProxy(t, func(t *testing.T, p *rig.Proxy, behind, beside *redis.Client) {
+		require.NoError(t, behind.Ping(timeout(t)).Err())
+		p.LoseReply(script, rig.Cut)
+		m := dmutex.New("k", long, behind, dmutex.WithFencing())
+		require.NoError(t, m.Lock(timeout(t)))
+		stored := beside.Get(timeout(t), "k{k}:dmutex:fence").Val()
+		require.True(t, strings.HasPrefix(stored, fmt.Sprint(m.Token(), " ")), stored)
+		require.NoError(t, m.Unlock(timeout(t)))
+	})
 }

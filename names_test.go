@@ -52,7 +52,7 @@ func TestNamesAreInTheSlotOfTheKey(t *testing.T) {
 			key[i] = alphabet[rand.N(len(alphabet))]
 		}
 		names := namesOf(string(key))
-		same := slot(names.lock) == slot(names.queue) && slot(names.lock) == slot(names.tombstone(newTicket(newInbox())))
+		same := slot(names.lock) == slot(names.queue) && slot(names.lock) == slot(names.fence) && slot(names.lock) == slot(names.tombstone(newTicket(newInbox())))
 		require.Equal(t, inOneSlot(string(key)), same, "%q", key)
 		if same {
 			sameSlot++
@@ -81,7 +81,7 @@ func TestDeleteIsToldFromTouch(t *testing.T) {
 
 	n, err := nodeOf(client, "k")
 	require.NoError(t, err)
-	c := newClaim(n, namesOf("k"), time.Minute, newInbox())
+	c := newClaim(n, namesOf("k"), time.Minute, newInbox(), false)
 
 	seen, err := c.try(ctx)
 	require.NoError(t, err)

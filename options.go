@@ -30,3 +30,16 @@ func WithMaxHold(d time.Duration) Option {
 		}
 	})
 }
+
+// WithFencing has each hold come with a fencing token, see [Mutex.Token]: a number that
+// rises from hold to hold of a key, minted in the same step in which the lock is taken.
+// The storage keeps the greatest that it has seen with what it guards, and refuses a
+// write with a smaller one. Then a holder that was stopped past its ttl, and does not
+// know it, cannot overwrite what the next one wrote; nothing else makes sure of that.
+//
+// A token is the time of the Redis server in microseconds, or one more than the latest
+// if that is greater, so tokens rise even after Redis lost all its data. The latest is
+// kept for a day after it was given; a clock that is set back by more than that, or set
+// back when the data are lost, lets a smaller one be given. All mutexes that are to be
+// compared must use this option.
+func WithFencing() Option { return option(func(m *Mutex) { m.fencing = true }) }

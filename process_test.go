@@ -19,10 +19,10 @@ import (
 
 // startWorker starts a process that waits for the lock and holds it for a while. What
 // it prints comes out of the channel.
-func startWorker(t *testing.T, addr string, ttl, hold time.Duration) (*exec.Cmd, <-chan string) {
+func startWorker(t *testing.T, addr string, ttl, hold time.Duration, writes string) (*exec.Cmd, <-chan string) {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), workerEnv+fmt.Sprintf("=%s %v %v", addr, ttl, hold))
+	cmd.Env = append(os.Environ(), workerEnv+fmt.Sprintf("=%s %v %v %s", addr, ttl, hold, writes))
 	stdin, err := cmd.StdinPipe()
 	require.NoError(t, err)
 	stdout, err := cmd.StdoutPipe()
@@ -49,7 +49,7 @@ func TestWaitingProcessDies(t *testing.T) {
 			ctx := timeout(t)
 			client := s.Client()
 			holder, next := locked(t, "k", long, client), dmutex.New("k", long, client)
-			first, _ := startWorker(t, s.Addr, long, 0)
+			first, _ := startWorker(t, s.Addr, long, 0, "")
 			awaitQueue(t, client, "k", 1)
 			gotten := lock(ctx, next)
 			awaitQueue(t, client, "k", 2)
@@ -70,7 +70,7 @@ func TestWaitingProcessDies(t *testing.T) {
 			ctx := timeout(t)
 			client := s.Client()
 			holder, next := locked(t, "k", long, client), dmutex.New("k", long, client)
-			first, said := startWorker(t, s.Addr, long, 0)
+			first, said := startWorker(t, s.Addr, long, 0, "")
 			awaitQueue(t, client, "k", 1)
 			gotten := lock(ctx, next)
 			awaitQueue(t, client, "k", 2)
@@ -92,7 +92,7 @@ func TestHoldersProcessIsStoppedForTooLong(t *testing.T) {
 	s := rig.Redis(t)
 	ctx := timeout(t)
 	client := s.Client()
-	holder, said := startWorker(t, s.Addr, 2*time.Second, 1500*time.Millisecond)
+	holder, said := startWorker(t, s.Addr, 2*time.Second, 1500*time.Millisecond, "")
 	require.Equal(t, "held", receive(t, said))
 	told := watch(ctx, dmutex.New("k", long, client))
 	next := dmutex.New("k", long, client)
@@ -106,4 +106,30 @@ func TestHoldersProcessIsStoppedForTooLong(t *testing.T) {
 	require.NoError(t, err)
 	require.Positive(t, left)
 	require.NoError(t, next.Unlock(ctx))
+}
+
+// The classic: a holder is stopped past its ttl, the next one writes, and then the first
+// one does, which does not know.
+func TestStoppedHolderWritesLate(t *testing.T) {
+	for how, want := range map[string]struct{ late, value string }{
+		"guarded": {"refused", "second"},
+		"bare":    {"written", "first"},
+	} {
+		t.Run(how, func(t *testing.T) {
+			s := rig.Redis(t)
+			ctx := timeout(t)
+			client := s.Client()
+			holder, said := startWorker(t, s.Addr, 2*time.Second, 1500*time.Millisecond, how)
+			require.Equal(t, "held", receive(t, said))
+			require.NoError(t, holder.Process.Signal(syscall.SIGSTOP))
+			next := dmutex.New("k", long, client, dmutex.WithFencing())
+			require.NoError(t, next.Lock(ctx))
+			require.Equal(t, "written", write(client, how == "guarded", next.Token(), "second"))
+			require.NoError(t, holder.Process.Signal(syscall.SIGCONT))
+			require.Equal(t, want.late, receive(t, said))
+			require.Equal(t, "lost", receive(t, said))
+			require.Equal(t, want.value, client.HGet(ctx, "data", "value").Val())
+			require.NoError(t, next.Unlock(ctx))
+		})
+	}
 }

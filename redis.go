@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -30,6 +31,10 @@ const (
 	// tombstoneTTL outlives the retries of a go-redis client with its default
 	// settings (four times 3 s and the pauses between).
 	tombstoneTTL = 15 * time.Second
+
+	// fenceTTL is for how long the latest fencing token is kept after it was given.
+	// After that the clock alone sees to it that tokens rise.
+	fenceTTL = 24 * time.Hour
 
 	// An answer is waited for as long as the ttl, but within these bounds. It may
 	// be of use only if it comes within the ttl, but that is decided when it is here.
@@ -90,6 +95,7 @@ type names struct {
 	lock    string
 	queue   string
 	ended   string // begins the name of each tombstone
+	fence   string
 	channel string
 }
 
@@ -99,6 +105,7 @@ func namesOf(key string) names {
 		lock:    key,
 		queue:   base + ":dmutex:queue",
 		ended:   base + ":dmutex:ended:",
+		fence:   base + ":dmutex:fence",
 		channel: "dmutex-" + key,
 	}
 }
@@ -305,7 +312,8 @@ type sight struct {
 	rank   int           // in the queue, 0 is next; -1: not in it
 	fate   string        // of the ticket asked about: "released", "ended" or unknown
 
-	unclaimed bool // the lock was handed to holder, who has not answered yet
+	token     int64 // of acquire, if it is held: the fencing token; 0 if none was asked for
+	unclaimed bool  // the lock was handed to holder, who has not answered yet
 }
 
 // look sees who holds the lock and, if ticket is one, how that ended.
@@ -340,8 +348,12 @@ type claim struct {
 	port   *port
 }
 
-func newClaim(n node, names names, ttl time.Duration, inbox string) *claim {
-	p := &port{Pool: n.pool(), node: n, names: names, ticket: newTicket(inbox), grace: min(ttl, maxGrace)}
+func (m *Mutex) newClaim(inbox string) *claim {
+	return newClaim(m.node, m.names, m.ttl, inbox, m.fencing)
+}
+
+func newClaim(n node, names names, ttl time.Duration, inbox string, fencing bool) *claim {
+	p := &port{Pool: n.pool(), node: n, names: names, ticket: newTicket(inbox), grace: min(ttl, maxGrace), fencing: fencing}
 	return &claim{ticket: p.ticket, ttl: ttl, port: p, mutex: p.mutex(ttl)}
 }
 
@@ -381,6 +393,9 @@ func (c *claim) try(ctx context.Context) (sight, error) {
 		return seen, given(ctx, err)
 	}
 }
+
+// token is the fencing token that the claim was granted with, 0 if none was asked for.
+func (c *claim) token() int64 { return c.port.seen.token }
 
 // until is when the hold that was granted ends on our own clock, if it is not
 // extended.
@@ -465,6 +480,8 @@ type port struct {
 	ticket string
 	grace  time.Duration
 
+	fencing bool // a token is asked for
+
 	since  string // place in the queue to ask for, see acquire.lua
 	seen   sight  // by the latest acquire; zero if it was not answered
 	ending bool   // redsync's delete is meant, see portConn.Eval
@@ -526,8 +543,12 @@ func (p *port) keys() []string {
 }
 
 func (p *port) acquire(ctx context.Context, ttl time.Duration) (bool, error) {
-	reply, err := p.node.run(ctx, acquireScript, p.keys(),
-		p.ticket, ttl.Milliseconds(), p.grace.Milliseconds(), p.since, queueTTL.Milliseconds())
+	keys := p.keys()
+	if p.fencing {
+		keys = append(keys, p.names.fence)
+	}
+	reply, err := p.node.run(ctx, acquireScript, keys, p.ticket, ttl.Milliseconds(),
+		p.grace.Milliseconds(), p.since, queueTTL.Milliseconds(), fenceTTL.Milliseconds())
 	if err != nil {
 		return false, err
 	}
@@ -537,6 +558,10 @@ func (p *port) acquire(ctx context.Context, ttl time.Duration) (bool, error) {
 	}
 	seen := sight{rank: -1}
 	seen.status, _ = fields[0].(string)
+	if seen.status == "held" && len(fields) == 2 {
+		token, _ := fields[1].(string)
+		seen.token, _ = strconv.ParseInt(token, 10, 64) // 0 if there is none
+	}
 	if seen.status == "taken" && len(fields) == 5 {
 		seen.holder, _ = fields[1].(string)
 		ttl, _ := fields[2].(int64)
