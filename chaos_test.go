@@ -80,14 +80,16 @@ type chaosEvent struct {
 
 // What happened, and how it ended.
 const (
-	locked_  = "lock" // with success
-	failed   = "fail" // with an error, or the lock is taken
+	locked_  = "lock"    // with success
+	failed   = "fail"    // with an error, or the lock is taken
+	unlocks  = "unlocks" // and does not know yet how that ends
 	unlocked = "unlock"
 	watched  = "watch"
 
 	resultDone    = "done"    // of unlock; of watch: released or free
 	resultLost    = "lost"    // of unlock; of watch: ran out
 	resultUnknown = "unknown" // an error
+	resultTaken   = "taken"   // of fail
 )
 
 // playChaos is the main function of a process.
@@ -127,15 +129,19 @@ func playChaos(encoded string) {
 				bound, cancel := context.WithTimeout(ctx, time.Duration(random.Int64N(int64(chaosMaxWait))))
 				var late time.Duration
 				e.Call = now()
+				e.Result = resultUnknown
 				switch random.IntN(10) {
 				case 0, 1:
-					e.What, e.Result = watched, resultUnknown
+					e.What = watched
 					if expired, err := m.WaitUntilUnlocked(bound); err == nil {
 						e.Result = map[bool]string{false: resultDone, true: resultLost}[expired]
 					}
 				case 2:
-					if acquired, _ := m.TryLock(bound); acquired {
+					acquired, err := m.TryLock(bound)
+					if acquired {
 						e.What = locked_
+					} else if err == nil {
+						e.Result = resultTaken
 					}
 				default:
 					if m.Lock(bound) == nil {
@@ -152,7 +158,7 @@ func playChaos(encoded string) {
 					time.Sleep(time.Duration(random.Int64N(int64(20 * time.Millisecond))))
 					continue
 				}
-				e.Until = start.UnixNano() + int64(dmutex.Until(m).Sub(start))
+				e.Until, e.Result = start.UnixNano()+int64(dmutex.Until(m).Sub(start)), ""
 				tell(e)
 
 				work := time.Duration(random.Int64N(int64(20 * time.Millisecond)))
@@ -161,9 +167,13 @@ func playChaos(encoded string) {
 					work = ttl * 6 / 5 // too long
 				case 1:
 					continue // died, as far as the others can see
+				case 2, 3, 4:
+					work *= 5
 				}
 				time.Sleep(work)
-				e.What, e.Call = unlocked, now()
+				e.What, e.Call, e.Return, e.Result = unlocks, now(), math.MaxInt64, ""
+				tell(e) // it may be killed before it can tell how that ended
+				e.What = unlocked
 				switch err := m.Unlock(context.Background()); {
 				case err == nil:
 					e.Result = resultDone
@@ -195,6 +205,7 @@ type chaos struct {
 	events []chaosEvent
 	faults map[string]int // how many of which kind
 	kills  []int64        // when a process was killed
+	amiss  [][2]int64     // from when to when something was
 }
 
 type chaosProcess struct {
@@ -263,9 +274,15 @@ func (c *chaos) run(length time.Duration, faults []chaosFault) {
 		c.processes = append(c.processes, c.start())
 	}
 	for end := time.Now().Add(length); time.Now().Before(end); {
-		c.sleep(20*time.Millisecond, 500*time.Millisecond)
+		pause := 500 * time.Millisecond
+		if c.random.IntN(4) == 0 {
+			pause *= 5
+		}
+		c.sleep(20*time.Millisecond, pause)
 		f := faults[c.random.IntN(len(faults))]
+		from := time.Now().UnixNano()
 		f.make(c)
+		c.amiss = append(c.amiss, [2]int64{from, time.Now().UnixNano()})
 		c.faults[f.name]++
 	}
 	for _, p := range c.processes {
@@ -307,7 +324,7 @@ func (c *chaos) judge() (violations []string, figures string) {
 		switch e.What {
 		case locked_:
 			holds[e.Hold] = &hold{lock: e}
-		case unlocked:
+		case unlocks, unlocked:
 			holds[e.Hold].end = e
 		case watched:
 			watches = append(watches, e)
@@ -348,6 +365,25 @@ func (c *chaos) judge() (violations []string, figures string) {
 		violate("linearizability: %s", result)
 	}
 	for _, w := range watches {
+		// The hold that a wait found is the one that was there for a while from its
+		// beginning on, if nothing was amiss then.
+		const while = int64(30 * time.Millisecond)
+		for _, h := range byKey[w.Key] {
+			want := ""
+			switch {
+			case h.from() > w.Call || w.Call+while > h.to() || w.Result == resultUnknown || c.isAmiss(w.Call, w.Call+while):
+			case h.end.Result == resultDone:
+				want = resultDone
+			case h.end.What == "" && !slices.ContainsFunc(c.kills, func(at int64) bool { return h.lock.Call < at && at < h.lock.Until }):
+				want = resultLost // nobody released it
+			}
+			if want != "" && want != w.Result {
+				violate("%+v, but how %+v ended is %s", w, *h, want)
+			}
+			if want != "" {
+				verdicts["checked "+want]++
+			}
+		}
 		for _, h := range byKey[w.Key] {
 			if w.Result != resultUnknown && h.from() < w.Call && w.Return < h.to() {
 				violate("%+v, while %+v went on", w, *h)
@@ -371,17 +407,27 @@ func (c *chaos) mayHaveRunOut(w chaosEvent, holds []*hold) bool {
 	}) || slices.ContainsFunc(c.kills, func(at int64) bool {
 		return near(at, at)
 	}) || slices.ContainsFunc(c.events, func(e chaosEvent) bool {
-		return e.What == failed && e.Key == w.Key && near(e.Call, e.Return)
+		return e.What == failed && e.Result == resultUnknown && e.Key == w.Key && near(e.Call, e.Return) &&
+			c.isAmiss(e.Call, e.Return)
+	})
+}
+
+// isAmiss tells whether something was amiss, or just has been, between two times.
+func (c *chaos) isAmiss(from, to int64) bool {
+	return slices.ContainsFunc(c.amiss, func(window [2]int64) bool {
+		return window[0] <= to && from <= window[1]+int64(500*time.Millisecond)
 	})
 }
 
 // endsFrom and endsBy are the bounds in which the hold ended in Redis.
 func (h hold) endsFrom() int64 {
-	switch h.end.Result {
-	case resultDone, resultUnknown:
+	switch {
+	case h.end.Result == resultDone:
 		return h.end.Call
-	default: // it ran out, and not before it was over for the holder
+	case h.end.Result == resultLost, h.end.What == "": // it ran out
 		return h.lock.Until
+	default:
+		return min(h.end.Call, h.lock.Until)
 	}
 }
 
@@ -445,6 +491,8 @@ func (c *chaos) finish(of func(key string) *redis.Client) {
 	violations, figures := c.judge()
 	c.t.Log(figures)
 	require.Empty(c.t, violations)
+	require.Contains(c.t, figures, "unlock done")
+	require.Contains(c.t, figures, "watch done")
 	ctx := context.Background()
 	for _, key := range c.role.Keys {
 		rig.Eventually(c.t, "no lock is left", func() bool { return of(key).Exists(ctx, key).Val() == 0 })

@@ -102,8 +102,9 @@ var _ DMutex = (*Mutex)(nil)
 // Its methods may be called by several goroutines at once. Those who share a mutex
 // cannot be told apart, so each Lock or TryLock that got the lock must be followed
 // by one Unlock, even if the ttl has run out: then an Unlock that comes late is not
-// taken for one of a newer hold. If one is left out, a later one answers
-// [ErrLockLost] in its stead, and releases nothing.
+// taken for one of a newer hold. If one is left out, each later Unlock of this mutex
+// is taken for the one before it: it answers [ErrLockLost] and releases nothing. Where
+// that can happen, make a new mutex for each use; that costs nothing.
 //
 // The zero value is of no use; its methods return an error.
 type Mutex struct {
@@ -377,8 +378,8 @@ func (m *Mutex) Lost() <-chan struct{} {
 // its ttl was not over by then.
 //
 // The error matches ctx.Err() if ctx ended, [ErrFateUnknown] if the hold has ended
-// but Redis was out of reach for so long that it has forgotten how, and else what
-// that of Lock does. The ttl of this mutex does not matter.
+// and was seen last so long ago that Redis has forgotten how, and else what that of
+// Lock does. The ttl of this mutex does not matter.
 func (m *Mutex) WaitUntilUnlocked(ctx context.Context) (isTTLExpired bool, err error) {
 	if err := m.checkWith(ctx); err != nil {
 		return false, m.failed("wait for", err)

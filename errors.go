@@ -16,10 +16,11 @@ var (
 	// by the cause of a ctx that [Mutex.Do] ended.
 	ErrLockLost = errors.New("dmutex: lock was lost before it was released")
 
-	// ErrFateUnknown is matched by the error of a WaitUntilUnlocked that saw a hold,
-	// and later saw that it was gone, but was cut off from Redis for longer than
-	// Redis remembers how a hold ended (about 15 seconds). The hold was released or
-	// ran out; which of them is not known.
+	// ErrFateUnknown is matched by the error of a WaitUntilUnlocked that waits for a
+	// hold which is gone, and was seen last so long ago that Redis has forgotten how
+	// it ended (about 15 seconds): because Redis was out of reach meanwhile, or because
+	// the TryLock that saw it was so long ago. The hold was released or ran out; which
+	// of them is not known.
 	ErrFateUnknown = errors.New("dmutex: the hold has ended, but not known how")
 
 	// ErrNoExpiry is matched when the key holds a value that never expires. No

@@ -249,6 +249,25 @@ func TestCopyOfAFailedTryArrivesLate(t *testing.T) {
 	})
 }
 
+// What the background has released is not told as lost, however late Unlock is repeated.
+func TestUnlockIsRepeatedLate(t *testing.T) {
+	throughProxy(t, func(t *testing.T, p *rig.Proxy, behind, beside *redis.Client) {
+		ctx := timeout(t)
+		m := locked(t, "k", long, behind)
+		p.Refuse(true)
+		p.CutAll()
+		require.Error(t, m.Unlock(ctx))
+		p.Refuse(false)
+		rig.Eventually(t, "it is released in the background", func() bool { return beside.Exists(ctx, "k").Val() == 0 })
+		awaitEnded(t, beside, "k")
+		time.Sleep(100 * time.Millisecond) // for the reply
+		for _, tombstone := range beside.Keys(ctx, "*:ended:*").Val() {
+			require.NoError(t, beside.Del(ctx, tombstone).Err())
+		}
+		require.NoError(t, m.Unlock(ctx))
+	})
+}
+
 func TestShortTTLOnASlowNetwork(t *testing.T) {
 	throughProxy(t, func(t *testing.T, p *rig.Proxy, behind, beside *redis.Client) {
 		p.Delay(5 * time.Millisecond)

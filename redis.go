@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-redis/redis/v8"
@@ -29,7 +30,7 @@ const (
 	queueTTL = 30 * time.Second
 
 	// tombstoneTTL outlives the retries of a go-redis client with its default
-	// settings (four times 3 s and the pauses between).
+	// settings (four times 3 s and the pauses between). handover.lua has it, too.
 	tombstoneTTL = 15 * time.Second
 
 	// fenceTTL is for how long the latest fencing token is kept after it was given.
@@ -81,6 +82,7 @@ var (
 )
 
 var (
+	errForgotten = errors.New("it was released or lost; Redis has forgotten which")
 	errMaxHold   = errors.New("it was held for as long as it may be")
 	errTooLate   = errors.New("the ttl was over before the answer came")
 	errNotUsable = errors.New("client is nil or was not made by its constructor")
@@ -310,10 +312,8 @@ type sight struct {
 	free   bool          // nobody holds the lock
 	ttl    time.Duration // remaining, if taken; negative: no expiry
 	rank   int           // in the queue, 0 is next; -1: not in it
-	fate   string        // of the ticket asked about: "released", "ended" or unknown
-
-	token     int64 // of acquire, if it is held: the fencing token; 0 if none was asked for
-	unclaimed bool  // the lock was handed to holder, who has not answered yet
+	fate   string        // of the ticket asked about: "released", "ended", "unclaimed" or unknown
+	token  int64         // of acquire, if it is held: the fencing token; 0 if none was asked for
 }
 
 // look sees who holds the lock and, if ticket is one, how that ended.
@@ -321,12 +321,12 @@ func look(ctx context.Context, n node, names names, ticket string) (sight, error
 	if !isTicket(ticket) {
 		ticket = "" // has no tombstone
 	}
-	reply, err := n.run(ctx, lookScript, []string{names.lock, names.queue, names.tombstone(ticket)})
+	reply, err := n.run(ctx, lookScript, []string{names.lock, names.queue, names.tombstone(ticket)}, ticket)
 	if err != nil {
 		return sight{}, given(ctx, err)
 	}
 	fields, _ := reply.([]any)
-	if len(fields) != 4 {
+	if len(fields) != 3 {
 		return sight{}, fmt.Errorf("unexpected reply %v", reply)
 	}
 	var seen sight
@@ -334,8 +334,7 @@ func look(ctx context.Context, n node, names names, ticket string) (sight, error
 	ttl, _ := fields[1].(int64)
 	seen.free = ttl == -2
 	seen.ttl = time.Duration(ttl) * time.Millisecond
-	seen.unclaimed = fields[2] == int64(1)
-	seen.fate, _ = fields[3].(string)
+	seen.fate, _ = fields[2].(string)
 	return seen, nil
 }
 
@@ -346,6 +345,9 @@ type claim struct {
 	ttl    time.Duration
 	mutex  *redsync.Mutex
 	port   *port
+
+	releasing time.Time              // when release was called first
+	ended     atomic.Pointer[string] // what abandon was told of the ticket
 }
 
 func (m *Mutex) newClaim(inbox string) *claim {
@@ -427,8 +429,17 @@ func (c *claim) extend(ctx context.Context) (until time.Time, err error) {
 func (c *claim) release(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTime)
 	defer cancel()
+	if c.releasing.IsZero() {
+		c.releasing = time.Now()
+	}
+	if ended := c.ended.Load(); ended != nil && *ended == "released" {
+		return nil
+	}
 	for start := time.Now(); ; {
 		err := c.releaseOnce(ctx)
+		if errors.Is(err, ErrLockLost) && time.Since(c.releasing) > tombstoneTTL-time.Second {
+			return errForgotten // an earlier request may have released it
+		}
 		if err == nil || !transient(err) || time.Since(start) > faultTime {
 			return err
 		}
@@ -463,7 +474,10 @@ func (c *claim) abandon(ctx context.Context) {
 	go func() {
 		defer cancel()
 		for pause := firstPause; ; pause *= 2 {
-			_, err := port.release(ctx)
+			status, err := port.release(ctx)
+			if err == nil {
+				c.ended.Store(&status)
+			}
 			if err == nil || errors.Is(err, redis.ErrClosed) || sleep(ctx, jitter(pause/2, pause)) != nil {
 				return
 			}

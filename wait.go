@@ -56,6 +56,7 @@ func (m *Mutex) acquire(ctx context.Context) (*claim, error) {
 	} else {
 		c = m.newClaim(newInbox())
 	}
+	late := false // there was a grant that came too late
 	for first := true; ; first = false {
 		sent := time.Now()
 		seen, err := c.try(ctx)
@@ -64,7 +65,10 @@ func (m *Mutex) acquire(ctx context.Context) (*claim, error) {
 			// This ticket cannot hold the lock any more; another keeps its place.
 			c.abandon(ctx)
 			c = getInLine(c.place())
-			continue
+			if err = nil; late {
+				err = w.sleep(ctx, retryPause()) // the way to Redis is longer than the ttl
+			}
+			late = true
 		case err != nil && (first || ctxErr(ctx) != nil || !transient(err)):
 			c.abandon(ctx)
 			return nil, given(ctx, err)
@@ -128,6 +132,9 @@ func (m *Mutex) watch(ctx context.Context) (expired bool, err error) {
 		if target != nil {
 			holder = target.holder
 		}
+		if w.hint != "" && w.hint == holder {
+			return false, nil
+		}
 		sent := time.Now()
 		seen, err := look(ctx, m.node, m.names, holder)
 		if err != nil {
@@ -142,13 +149,13 @@ func (m *Mutex) watch(ctx context.Context) (expired bool, err error) {
 		if target != nil && (seen.free || seen.holder != holder) {
 			expired, known := target.fate(seen.fate)
 			switch {
-			case expired && target.unclaimed: // it never began
+			case seen.fate == "unclaimed":
+				target = nil // it never began
 			case known:
 				return expired, nil
-			case !first:
+			default:
 				return false, ErrFateUnknown
 			}
-			target = nil
 		}
 		switch {
 		case seen.free:
@@ -159,10 +166,10 @@ func (m *Mutex) watch(ctx context.Context) (expired bool, err error) {
 		target = sighted(seen, sent)
 
 		home, err := m.node.home(ctx)
-		if err != nil {
+		if err != nil && w.ear == nil {
 			return false, given(ctx, err)
 		}
-		if w.join(home) {
+		if err == nil && w.join(home) {
 			w.ear.listen(m.names.channel)
 			if w.ear.hears() {
 				continue // a release since the look was not heard
@@ -172,29 +179,19 @@ func (m *Mutex) watch(ctx context.Context) (expired bool, err error) {
 		if err := w.sleep(ctx, w.patience(seen, maxGrace)); err != nil {
 			return false, err
 		}
-		if w.hint != "" && w.hint == target.holder {
-			return false, nil
-		}
 	}
 }
 
 // sighting is a hold as it was last seen.
 type sighting struct {
 	holder string
-	at     time.Time // when it was seen
+	at     time.Time // before it was seen
 	end    time.Time // before which it cannot have expired
-
-	unclaimed bool // it was being handed over
 }
 
 // sighted returns what was seen by a request sent at the time given.
 func sighted(seen sight, sent time.Time) *sighting {
-	return &sighting{
-		holder:    seen.holder,
-		at:        time.Now(),
-		end:       sent.Add(seen.ttl - pttlError),
-		unclaimed: seen.unclaimed,
-	}
+	return &sighting{holder: seen.holder, at: sent, end: sent.Add(seen.ttl - pttlError)}
 }
 
 // fate tells how the hold, now gone, ended. If its tombstone may have expired,
@@ -280,7 +277,7 @@ func (w *waiter) patience(seen sight, grace time.Duration) time.Duration {
 		queue := time.Duration(max(0, seen.rank))
 		longest = min(longest, queue*maxPoll+jitter(minPoll, maxPoll))
 	case !w.ear.hears() && seen.rank == 0:
-		longest = jitter(grace/4, grace/2)
+		longest = max(minPoll, jitter(grace/4, grace/2))
 	case !w.ear.hears():
 		longest = jitter(deafWait/2, deafWait)
 	}

@@ -413,15 +413,39 @@ func TestVerdictComesWhenTheTTLIsOver(t *testing.T) {
 		})
 	})
 	t.Run("long after a failed TryLock nothing is made up", func(t *testing.T) {
+		for _, after := range []time.Duration{30 * time.Second, 2 * time.Minute} {
+			inBubble(t, func(t *testing.T, b *rig.Bubble, client *redis.Client) {
+				ctx := context.Background()
+				holder, m := locked(t, "k", time.Minute, client), dmutex.New("k", long, client)
+				acquired, err := m.TryLock(ctx)
+				require.NoError(t, err)
+				require.False(t, acquired)
+				require.NoError(t, holder.Unlock(ctx))
+				b.Advance(after) // the tombstone is gone as well
+				told := receive(t, watch(ctx, m))
+				if after < time.Minute { // it cannot have run out
+					require.Equal(t, released(), told)
+					return
+				}
+				require.ErrorIs(t, told.err, dmutex.ErrFateUnknown)
+				require.Equal(t, released(), receive(t, watch(ctx, m)), "told once; now the lock is free")
+			})
+		}
+	})
+	t.Run("a release that is heard during a fault", func(t *testing.T) {
 		inBubble(t, func(t *testing.T, b *rig.Bubble, client *redis.Client) {
 			ctx := context.Background()
-			holder, m := locked(t, "k", time.Minute, client), dmutex.New("k", long, client)
-			acquired, err := m.TryLock(ctx)
-			require.NoError(t, err)
-			require.False(t, acquired)
-			require.NoError(t, holder.Unlock(ctx))
-			b.Advance(2 * time.Minute) // the tombstone is gone as well
-			require.Equal(t, released(), receive(t, watch(ctx, m)))
+			other := b.Client()
+			defer other.Close()
+			locked(t, "k", long, client)
+			ticket := client.Get(ctx, "k").Val()
+			told := watch(ctx, dmutex.New("k", long, client))
+			synctest.Wait()
+			b.Mini.SetError("LOADING of data")
+			b.Mini.Publish("dmutex-k", "CHAN_CLOSE")
+			synctest.Wait() // it has looked, in vain
+			b.Mini.Publish("dmutex-k", ticket)
+			require.Equal(t, released(), receive(t, told))
 		})
 	})
 }
@@ -440,14 +464,18 @@ func TestVerdictIsNotOfAHandOver(t *testing.T) {
 		require.NoError(t, holder.Unlock(ctx))
 		require.True(t, b.Mini.Exists("k"))
 
-		m := dmutex.New("k", long, client)
-		acquired, err := m.TryLock(ctx)
-		require.NoError(t, err)
-		require.False(t, acquired)
+		m, late := dmutex.New("k", long, client), dmutex.New("k", long, client)
+		for _, m := range []*dmutex.Mutex{m, late} {
+			acquired, err := m.TryLock(ctx)
+			require.NoError(t, err)
+			require.False(t, acquired)
+		}
 		told := watch(ctx, m)
 		synctest.Wait()
 		b.Advance(2 * time.Second)
 		require.Equal(t, released(), receive(t, told), "the lock is free")
+		require.NoError(t, locked(t, "k", long, client).Unlock(ctx)) // nobody is asked for the mark any more
+		require.Equal(t, released(), receive(t, watch(ctx, late)))
 	})
 }
 

@@ -75,7 +75,7 @@ elseif holder then
 end
 
 if not holder then
-  holder = hand_over(lock, queue, grace, ticket)
+  holder = hand_over(lock, queue, grace, ticket, tombstone)
   if not holder then
     redis.call('SET', lock, ticket, 'PX', ttl)
     if waits then

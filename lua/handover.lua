@@ -25,11 +25,13 @@ end
 -- drop_silent removes a marked ticket whose grace is over, and with it all of
 -- its process's, which is stopped or cut off: one grace per process, not one per
 -- waiter. Should it come back, a message lets its waiters look, and ask for their
--- places again. If it is the asker's own it lives, and only that ticket goes.
-local function drop_silent(queue, marked, asker)
+-- places again. If it is the asker's own it lives, and only that ticket goes. The
+-- tombstone of the marked one says that it never held the lock.
+local function drop_silent(queue, marked, asker, ended)
+  redis.call('ZREM', queue, marked)
+  redis.call('SET', ended .. marked, 'unclaimed', 'PX', 15000)
   local process = inbox(marked)
   if process == inbox(asker) then
-    redis.call('ZREM', queue, marked)
     return
   end
   for _, ticket in ipairs(redis.call('ZRANGE', queue, 0, -1)) do
@@ -63,7 +65,9 @@ end
 -- hand_over gives the lock, which must be free, to the first in the queue who
 -- listens, for the grace in which it has to claim it; returns its ticket. Returns
 -- nil, and the lock is still free, if the asker itself is first or nobody waits.
-local function hand_over(lock, queue, grace, asker)
+-- tombstone is the asker's.
+local function hand_over(lock, queue, grace, asker, tombstone)
+  local ended = string.sub(tombstone, 1, #tombstone - #asker)
   while true do
     local front = redis.call('ZRANGE', queue, 0, 0, 'WITHSCORES')
     local first = front[1]
@@ -72,7 +76,7 @@ local function hand_over(lock, queue, grace, asker)
     end
     local since = tonumber(front[2])
     if since < 0 then
-      drop_silent(queue, first, asker)
+      drop_silent(queue, first, asker, ended)
     elseif tell(first, first) then
       redis.call('SET', lock, first, 'PX', grace)
       redis.call('ZADD', queue, string.format('%.0f', -since), first)

@@ -23,7 +23,7 @@ if holder == ticket then
   redis.call('SET', tombstone, 'released', 'PX', tombstone_ttl)
   redis.call('ZREM', queue, ticket)
   redis.pcall('PUBLISH', channel, ticket)
-  hand_over(lock, queue, grace, ticket)
+  hand_over(lock, queue, grace, ticket, tombstone)
   return 'released'
 end
 
@@ -31,7 +31,7 @@ redis.call('ZREM', queue, ticket)
 local ended = redis.call('GET', tombstone) or 'ended'
 redis.call('SET', tombstone, ended, 'PX', tombstone_ttl)
 if not holder then
-  hand_over(lock, queue, grace, ticket)
+  hand_over(lock, queue, grace, ticket, tombstone)
 end
 if ended == 'released' then
   return 'released'

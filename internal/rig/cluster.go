@@ -225,7 +225,18 @@ func (c *Cluster) Migrate(key string, meanwhile func()) {
 		if len(keys) == 0 {
 			break
 		}
-		c.do(from, "migrate", host, port, keys[0], 0, 5000)
+		client := from.Client()
+		var err error
+		for range 5 { // a pooled connection of the server's may be dead
+			if err = client.Do(context.Background(), "migrate", host, port, keys[0], 0, 5000, "replace").Err(); err == nil {
+				break
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		_ = client.Close()
+		if err != nil {
+			c.tb.Fatal(err)
+		}
 		if moved == 0 {
 			meanwhile()
 		}
