@@ -27,8 +27,8 @@
 // long garbage collection, a suspended machine) does not know it when it wakes, and
 // may write after the next holder has begun. If that would corrupt data, and not
 // merely do work twice, the storage has to refuse the late writer, by a fencing
-// token or a condition on the version that was read; see Martin Kleppmann, "How to
-// do distributed locking" (2016).
+// token ([WithFencing]) or a condition on the version that was read; see Martin
+// Kleppmann, "How to do distributed locking" (2016).
 //
 // Redis replicates asynchronously: a failover to a replica can lose a lock that
 // was just granted, and grant it again. It counts a ttl on its wall clock: a step
@@ -114,8 +114,8 @@ type Mutex struct {
 	node  node
 	err   error // of New, told by every method
 
+	signature signature
 	keepAlive bool
-	fencing   bool
 	maxHold   time.Duration // 0: no bound
 
 	holds holds
@@ -209,7 +209,7 @@ func (m *Mutex) tryLock(ctx context.Context) (*claim, error) {
 	if err := m.checkWith(ctx); err != nil {
 		return nil, err
 	}
-	c := m.newClaim(newInbox())
+	c := newClaim(m.node, m.names, m.ttl, newInbox(), m.signature)
 	sent := time.Now()
 	seen, err := c.try(ctx)
 	switch {
@@ -309,7 +309,10 @@ func (m *Mutex) TryDo(ctx context.Context, f func(ctx context.Context) error) (r
 
 func (m *Mutex) do(ctx context.Context, c *claim, f func(ctx context.Context) error) (err error) {
 	h := newHold(c, m.maxHold)
-	inner, end := context.WithCancelCause(context.WithValue(ctx, tokenKey{}, c.token()))
+	if m.signature.fencing {
+		ctx = context.WithValue(ctx, tokenKey{}, c.token())
+	}
+	inner, end := context.WithCancelCause(ctx)
 	h.keep(true, end)
 	defer func() {
 		end(nil)
@@ -412,7 +415,7 @@ func (m *Mutex) LockedUntil(ctx context.Context) (time.Duration, error) {
 // or was made without [WithFencing].
 func (m *Mutex) Token() int64 {
 	h := m.holds.newest()
-	if h == nil {
+	if h == nil || !m.signature.fencing {
 		return 0
 	}
 	return h.token()
@@ -426,6 +429,17 @@ func TokenFrom(ctx context.Context) int64 {
 }
 
 type tokenKey struct{}
+
+// Inspect tells who holds the lock, since when and for how long, and how many wait, in
+// one round trip. It is meant for people: what it says may be over when it is read. The
+// error matches ctx.Err(), or what went wrong.
+func (m *Mutex) Inspect(ctx context.Context) (Info, error) {
+	if err := m.checkWith(ctx); err != nil {
+		return Info{}, m.failed("inspect", err)
+	}
+	info, err := inspect(ctx, m.node, m.names)
+	return info, m.failed("inspect", err)
+}
 
 // failed returns err as an error of a call that has no error type of its own.
 func (m *Mutex) failed(what string, err error) error {

@@ -234,3 +234,20 @@ func ExampleWithFencing() {
 	// refused
 	// UPDATE accounts SET balance = $1, token = $2 WHERE id = $3 AND token <= $2 -- no row affected: refused
 }
+
+func ExampleMutex_Inspect() {
+	client, closeAll := connect()
+	defer closeAll()
+	ctx := context.Background()
+
+	mutex := dmutex.New("nightly-report", time.Minute, client, dmutex.WithOwner("host-7"))
+	if err := mutex.Lock(ctx); err != nil {
+		log.Fatal(err)
+	}
+	info, err := mutex.Inspect(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(info.Owner, "holds it, and", info.Waiting, "wait")
+	// Output: host-7 holds it, and 0 wait
+}

@@ -18,7 +18,7 @@ func TestOlderGrantIsNotTakenForTheNewer(t *testing.T) {
 	node, err := nodeOf(client, "k")
 	require.NoError(t, err)
 	grant := func() *hold {
-		c := newClaim(node, namesOf("k"), time.Minute, newInbox(), false)
+		c := newClaim(node, namesOf("k"), time.Minute, newInbox(), signature{})
 		seen, err := c.try(context.Background())
 		require.NoError(t, err)
 		require.Equal(t, "held", seen.status)

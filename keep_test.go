@@ -420,3 +420,59 @@ func TestTokenOfALostReply(t *testing.T) {
 		require.NoError(t, m.Unlock(timeout(t)))
 	})
 }
+
+func TestInspect(t *testing.T) {
+	rig.OnEach(t, func(t *testing.T, s *rig.Server) {
+		ctx := timeout(t)
+		client := s.Client()
+		look := dmutex.New("k", long, client)
+		inspect := func() dmutex.Info {
+			info, err := look.Inspect(ctx)
+			require.NoError(t, err)
+			return info
+		}
+		require.Equal(t, dmutex.Info{}, inspect())
+
+		const label = "host-7 job.12 Ü%"
+		before := client.Time(ctx).Val().Add(-time.Millisecond)
+		holder := dmutex.New("k", long, client, dmutex.WithOwner(label))
+		require.NoError(t, holder.Lock(ctx))
+		require.Zero(t, holder.Token(), "not asked for")
+		next := dmutex.New("k", long, client, dmutex.WithOwner("the next"))
+		gotten := lock(ctx, next)
+		awaitQueue(t, client, "k", 1)
+		info := inspect()
+		require.True(t, info.Held)
+		require.False(t, info.Foreign)
+		require.False(t, info.HandedTo)
+		require.Equal(t, label, info.Owner)
+		require.Equal(t, 1, info.Waiting)
+		require.True(t, before.Before(info.Since) && info.Since.Before(client.Time(ctx).Val().Add(time.Millisecond)), info.Since)
+		require.InDelta(t, long.Seconds(), info.TTL.Seconds(), 10)
+		ticket := client.Get(ctx, "k").Val()
+		require.True(t, strings.HasPrefix(ticket, info.Holder))
+		require.Less(t, len(info.Holder), len(ticket)-20)
+
+		require.NoError(t, holder.Unlock(ctx))
+		require.NoError(t, receive(t, gotten))
+		info = inspect()
+		require.Equal(t, "the next", info.Owner)
+		require.Zero(t, info.Waiting)
+		require.NoError(t, next.Unlock(ctx))
+		requireClean(t, client)
+
+		plain := locked(t, "k", long, client)
+		info = inspect()
+		require.Empty(t, info.Owner)
+		require.True(t, info.Held)
+		require.Zero(t, info.Since)
+		require.NoError(t, plain.Unlock(ctx))
+
+		require.NoError(t, client.Set(ctx, "k", "cGxhaW4gcmVkc3luYw==", long).Err())
+		require.True(t, inspect().Foreign)
+		require.NoError(t, client.Del(ctx, "k").Err())
+
+		_, err := dmutex.New("k", long, client, dmutex.WithOwner(strings.Repeat("x", 65))).Inspect(ctx)
+		require.ErrorContains(t, err, "65 bytes")
+	})
+}

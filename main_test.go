@@ -159,7 +159,8 @@ func awaitSubscribed(t testing.TB, client *redis.Client, channel string) {
 	})
 }
 
-// requireClean checks that no key is left in Redis but for tombstones.
+// requireClean checks that no key is left in Redis but for tombstones and the latest
+// fencing tokens.
 func requireClean(t testing.TB, client *redis.Client) {
 	t.Helper()
 	rig.Eventually(t, "nothing left in Redis", func() bool { return len(leftovers(client)) == 0 })
@@ -179,7 +180,7 @@ func awaitEnded(t testing.TB, client *redis.Client, key string) {
 
 func leftovers(client *redis.Client) (left []string) {
 	for _, key := range client.Keys(context.Background(), "*").Val() {
-		if !strings.Contains(key, ":dmutex:ended:") {
+		if !strings.Contains(key, ":dmutex:ended:") && !strings.HasSuffix(key, ":dmutex:fence") {
 			left = append(left, key)
 		}
 	}

@@ -52,7 +52,7 @@ func TestNamesAreInTheSlotOfTheKey(t *testing.T) {
 			key[i] = alphabet[rand.N(len(alphabet))]
 		}
 		names := namesOf(string(key))
-		same := slot(names.lock) == slot(names.queue) && slot(names.lock) == slot(names.fence) && slot(names.lock) == slot(names.tombstone(newTicket(newInbox())))
+		same := slot(names.lock) == slot(names.queue) && slot(names.lock) == slot(names.fence) && slot(names.lock) == slot(names.tombstone(newTicket(newInbox(), "")))
 		require.Equal(t, inOneSlot(string(key)), same, "%q", key)
 		if same {
 			sameSlot++
@@ -65,8 +65,10 @@ func TestNamesAreInTheSlotOfTheKey(t *testing.T) {
 }
 
 func TestIsTicket(t *testing.T) {
-	require.True(t, isTicket(newTicket(newInbox())))
-	for _, value := range []string{"", ".", "a.", ".a", "a.b.c", "x.a", "CHAN_CLOSE", "q83vEjRWeJASNFZ4kBI0Vg=="} {
+	require.True(t, isTicket(newTicket(newInbox(), "")))
+	require.True(t, isTicket(deaf+newTicket(newInbox(), "")))
+	require.True(t, isTicket(newTicket(newInbox(), "host 7.b\x00")))
+	for _, value := range []string{"", ".", "a.", ".a", "a.x.c", "x.a", "CHAN_CLOSE", "q83vEjRWeJASNFZ4kBI0Vg=="} {
 		require.False(t, isTicket(value), value)
 	}
 }
@@ -81,7 +83,7 @@ func TestDeleteIsToldFromTouch(t *testing.T) {
 
 	n, err := nodeOf(client, "k")
 	require.NoError(t, err)
-	c := newClaim(n, namesOf("k"), time.Minute, newInbox(), false)
+	c := newClaim(n, namesOf("k"), time.Minute, newInbox(), signature{})
 
 	seen, err := c.try(ctx)
 	require.NoError(t, err)

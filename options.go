@@ -42,4 +42,17 @@ func WithMaxHold(d time.Duration) Option {
 // kept for a day after it was given; a clock that is set back by more than that, or set
 // back when the data are lost, lets a smaller one be given. All mutexes that are to be
 // compared must use this option.
-func WithFencing() Option { return option(func(m *Mutex) { m.fencing = true }) }
+func WithFencing() Option { return option(func(m *Mutex) { m.signature.fencing = true }) }
+
+// WithOwner has each hold say whose it is, to whoever asks with [Mutex.Inspect]: a host,
+// a job, a version. It can be read by all who can read the key in Redis, so it must be no
+// secret. label has 64 bytes at the most, or every method returns an error.
+func WithOwner(label string) Option {
+	return option(func(m *Mutex) {
+		if m.signature.owner = label; len(label) > maxOwner && m.err == nil {
+			m.err = fmt.Errorf("label of the owner has %d bytes, more than %d", len(label), maxOwner)
+		}
+	})
+}
+
+const maxOwner = 64

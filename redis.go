@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net/url"
 	"reflect"
 	"slices"
 	"strconv"
@@ -72,12 +73,15 @@ var (
 	releaseLua string
 	//go:embed lua/extend.lua
 	extendLua string
+	//go:embed lua/inspect.lua
+	inspectLua string
 	//go:embed lua/look.lua
 	lookLua string
 
 	acquireScript = redis.NewScript(handoverLua + acquireLua)
 	releaseScript = redis.NewScript(handoverLua + releaseLua)
 	extendScript  = redis.NewScript(extendLua)
+	inspectScript = redis.NewScript(inspectLua)
 	lookScript    = redis.NewScript(lookLua)
 )
 
@@ -141,8 +145,15 @@ const deaf = "-"
 
 func inboxChannel(inbox string) string { return "dmutex-inbox:" + inbox }
 
-// newTicket returns a ticket whose hand-over is told to inbox.
-func newTicket(inbox string) string { return inbox + "." + randomHex(16) }
+// newTicket returns a ticket whose hand-over is told to inbox, and which says whose it
+// is.
+func newTicket(inbox, owner string) string {
+	ticket := inbox + "." + randomHex(16)
+	if owner != "" {
+		ticket += "." + url.QueryEscape(owner)
+	}
+	return ticket
+}
 
 func newInbox() string { return randomHex(8) }
 
@@ -155,8 +166,14 @@ func randomHex(n int) string {
 // isTicket tells our holders, who hand over, from plain redsync's and the
 // original package's, whose values are base64.
 func isTicket(value string) bool {
-	inbox, random, found := strings.Cut(strings.TrimPrefix(value, deaf), ".")
-	return found && isHex(inbox) && isHex(random)
+	inbox, random, _ := splitTicket(value)
+	return isHex(strings.TrimPrefix(inbox, deaf)) && isHex(random)
+}
+
+func splitTicket(ticket string) (inbox, random, owner string) {
+	inbox, rest, _ := strings.Cut(ticket, ".")
+	random, owner, _ = strings.Cut(rest, ".")
+	return inbox, random, owner
 }
 
 func isHex(s string) bool {
@@ -338,6 +355,54 @@ func look(ctx context.Context, n node, names names, ticket string) (sight, error
 	return seen, nil
 }
 
+// Info is what [Mutex.Inspect] has seen of a lock.
+type Info struct {
+	Held    bool          // somebody holds it, or it is being handed over
+	TTL     time.Duration // remaining, 0 if it is free; negative if it never expires
+	Waiting int           // how many waiters stand in line
+
+	// Of the holder, if there is one.
+
+	Owner    string    // its label, see [WithOwner]; "" if it has none
+	Holder   string    // names the hold; not in full, so that nobody can release it
+	Since    time.Time // when it got the lock, by the server's clock; zero if it has no label or token
+	HandedTo bool      // it was handed the lock, and has not answered yet
+	Foreign  bool      // it speaks another protocol, like plain redsync, and hands nothing over
+}
+
+// inspect sees all that there is to know of a lock.
+func inspect(ctx context.Context, n node, names names) (Info, error) {
+	reply, err := n.run(ctx, inspectScript, []string{names.lock, names.queue, names.fence})
+	if err != nil {
+		return Info{}, given(ctx, err)
+	}
+	fields, _ := reply.([]any)
+	if len(fields) != 5 {
+		return Info{}, fmt.Errorf("unexpected reply %v", reply)
+	}
+	ticket, _ := fields[0].(string)
+	ttl, _ := fields[1].(int64)
+	waiting, _ := fields[2].(int64)
+	info := Info{Held: ttl != -2, Waiting: int(waiting)}
+	if !info.Held {
+		return info, nil
+	}
+	info.TTL = time.Duration(ttl) * time.Millisecond
+	info.HandedTo = fields[3] == int64(1)
+	if info.Foreign = !isTicket(ticket); info.Foreign {
+		return info, nil
+	}
+	inbox, random, owner := splitTicket(ticket)
+	info.Holder = inbox + "." + random[:min(8, len(random)/2)]
+	info.Owner, _ = url.QueryUnescape(owner)
+	latest, _ := fields[4].(string)
+	if token, holder, _ := strings.Cut(latest, " "); holder == ticket {
+		micros, _ := strconv.ParseInt(token, 10, 64)
+		info.Since = time.UnixMicro(micros)
+	}
+	return info, nil
+}
+
 // claim is one ticket on its way to the lock, through redsync. Not for use by two
 // goroutines at once, like the redsync.Mutex in it, but for abandon and extend.
 type claim struct {
@@ -350,13 +415,22 @@ type claim struct {
 	ended     atomic.Pointer[string] // what abandon was told of the ticket
 }
 
-func (m *Mutex) newClaim(inbox string) *claim {
-	return newClaim(m.node, m.names, m.ttl, inbox, m.fencing)
+func newClaim(n node, names names, ttl time.Duration, inbox string, signed signature) *claim {
+	p := &port{
+		Pool:    n.pool(),
+		node:    n,
+		names:   names,
+		ticket:  newTicket(inbox, signed.owner),
+		grace:   min(ttl, maxGrace),
+		fencing: signed.fencing || signed.owner != "", // whose token tells since when
+	}
+	return &claim{ticket: p.ticket, ttl: ttl, port: p, mutex: p.mutex(ttl)}
 }
 
-func newClaim(n node, names names, ttl time.Duration, inbox string, fencing bool) *claim {
-	p := &port{Pool: n.pool(), node: n, names: names, ticket: newTicket(inbox), grace: min(ttl, maxGrace), fencing: fencing}
-	return &claim{ticket: p.ticket, ttl: ttl, port: p, mutex: p.mutex(ttl)}
+// signature is what a claim says of itself besides its ticket.
+type signature struct {
+	fencing bool   // it asks for a fencing token
+	owner   string // whose it is, for people; "" if that is not said
 }
 
 // inLine makes the following tries ask for a place in the queue; since is the one

@@ -36,7 +36,7 @@ func TestScripts(t *testing.T) {
 			t.Cleanup(func() { _ = listens.Close() })
 			_, err := listens.Receive(ctx)
 			require.NoError(t, err)
-			holder := newClaim(node, names, ttl, newInbox(), false)
+			holder := newClaim(node, names, ttl, newInbox(), signature{})
 			require.Equal(t, "held", try(t, holder).status)
 			for i, c := range to {
 				seen := try(t, c)
@@ -49,7 +49,7 @@ func TestScripts(t *testing.T) {
 		placed := func(c *claim) bool { return client.ZScore(ctx, names.queue, c.ticket).Err() != redis.Nil }
 
 		t.Run("whoever was handed the lock and lost it waits like any other", func(t *testing.T) {
-			c := newClaim(node, names, ttl, newInbox(), false)
+			c := newClaim(node, names, ttl, newInbox(), signature{})
 			handOver(t, c)
 			require.Negative(t, client.ZScore(ctx, names.queue, c.ticket).Val())
 			require.NoError(t, client.Set(ctx, "k", "somebody's", ttl).Err())
@@ -58,7 +58,7 @@ func TestScripts(t *testing.T) {
 		})
 		t.Run("of a process that asks only the silent ticket goes", func(t *testing.T) {
 			inbox := newInbox()
-			silent, asks, waits := newClaim(node, names, ttl, inbox, false), newClaim(node, names, ttl, inbox, false), newClaim(node, names, ttl, inbox, false)
+			silent, asks, waits := newClaim(node, names, ttl, inbox, signature{}), newClaim(node, names, ttl, inbox, signature{}), newClaim(node, names, ttl, inbox, signature{})
 			handOver(t, silent, asks, waits)
 			require.NoError(t, client.Del(ctx, "k").Err()) // the grace is over
 			require.Equal(t, "held", try(t, asks).status)
@@ -67,7 +67,7 @@ func TestScripts(t *testing.T) {
 		})
 		t.Run("of a process that does not ask all tickets go", func(t *testing.T) {
 			inbox := newInbox()
-			silent, other, asks := newClaim(node, names, ttl, inbox, false), newClaim(node, names, ttl, inbox, false), newClaim(node, names, ttl, newInbox(), false)
+			silent, other, asks := newClaim(node, names, ttl, inbox, signature{}), newClaim(node, names, ttl, inbox, signature{}), newClaim(node, names, ttl, newInbox(), signature{})
 			handOver(t, silent, other, asks)
 			require.NoError(t, client.Del(ctx, "k").Err())
 			require.Equal(t, "held", try(t, asks).status)
@@ -75,7 +75,7 @@ func TestScripts(t *testing.T) {
 			require.False(t, placed(other))
 		})
 		t.Run("a repeat gives the same answer", func(t *testing.T) {
-			c, next := newClaim(node, names, ttl, newInbox(), false), newClaim(node, names, ttl, newInbox(), false)
+			c, next := newClaim(node, names, ttl, newInbox(), signature{}), newClaim(node, names, ttl, newInbox(), signature{})
 			handOver(t, c, next)
 			require.Equal(t, "held", try(t, c).status)
 			require.Equal(t, "held", try(t, c).status)

@@ -44,7 +44,7 @@ func (m *Mutex) acquire(ctx context.Context) (*claim, error) {
 	defer w.leave()
 	getInLine := func(place string) *claim {
 		w.join(home)
-		c := m.newClaim(w.ear.inbox())
+		c := newClaim(m.node, m.names, m.ttl, w.ear.inbox(), m.signature)
 		c.inLine(place)
 		w.ear.expect(c.ticket)
 		return c
@@ -54,7 +54,7 @@ func (m *Mutex) acquire(ctx context.Context) (*claim, error) {
 	if subscribers.live(home) {
 		c = getInLine("") // a place in the queue in the first round trip
 	} else {
-		c = m.newClaim(newInbox())
+		c = newClaim(m.node, m.names, m.ttl, newInbox(), m.signature)
 	}
 	late := false // there was a grant that came too late
 	for first := true; ; first = false {

@@ -4,11 +4,12 @@
 -- The queue is a sorted set of waiting tickets. A score is the server time in
 -- microseconds at which the ticket first asked; a negative score marks the one
 -- ticket that was handed the lock and has not claimed it yet, which keeps it in
--- front. A ticket is "<inbox>.<random>", both hexadecimal; "-" before it says that
--- its process may not subscribe, and asks again by itself within the grace.
+-- front. A ticket is "<inbox>.<random>", both hexadecimal, and perhaps ".<owner>",
+-- without blanks; "-" before it says that its process may not subscribe, and asks
+-- again by itself within the grace.
 
 local function inbox(ticket)
-  return string.match(ticket, '^(%-?%x+)%.%x+$') or ''
+  return string.match(ticket, '^(%-?%x+)%.%x+$') or string.match(ticket, '^(%-?%x+)%.%x+%.%S+$') or ''
 end
 
 -- tell publishes to the process that owns the ticket; false if nobody listens, so
