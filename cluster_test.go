@@ -105,6 +105,22 @@ func TestCluster(t *testing.T) {
 		require.Equal(t, 4*5*20, count)
 	})
 
+	t.Run("renewal, token and owner", func(t *testing.T) {
+		m := dmutex.New("renewed", 500*time.Millisecond, c.Client(), dmutex.WithFencing(), dmutex.WithOwner("me"))
+		require.NoError(t, m.Do(ctx, func(ctx context.Context) error {
+			time.Sleep(time.Second)
+			require.NoError(t, ctx.Err())
+			require.Positive(t, dmutex.TokenFrom(ctx))
+			info, err := m.Inspect(ctx)
+			require.NoError(t, err)
+			require.Equal(t, "me", info.Owner)
+			return nil
+		}))
+		require.NoError(t, m.Lock(ctx))
+		require.NoError(t, m.Extend(ctx))
+		require.NoError(t, m.Unlock(ctx))
+	})
+
 	t.Run("closed client ends the waits", func(t *testing.T) {
 		client := c.Client()
 		holder := lockedInCluster(t, "k", c.Client())

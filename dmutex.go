@@ -314,6 +314,7 @@ func (m *Mutex) do(ctx context.Context, c *claim, f func(ctx context.Context) er
 	}
 	inner, end := context.WithCancelCause(ctx)
 	h.keep(true, end)
+	inner = promptCtx{inner, h, end}
 	defer func() {
 		end(nil)
 		if failed := m.giveBack(ctx, h); failed != nil {

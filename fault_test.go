@@ -566,7 +566,8 @@ const workerEnv = "DMUTEX_TEST_WORKER"
 
 func worker(work string) {
 	var addr, ttl, hold, writes string
-	_, _ = fmt.Sscan(work, &addr, &ttl, &hold, &writes)
+	_, _ = fmt.Sscan(work, &addr, &ttl, &hold)
+	writes = strings.Join(strings.Fields(work)[3:], " ")
 	parse := func(s string) time.Duration {
 		d, err := time.ParseDuration(s)
 		if err != nil {
@@ -580,6 +581,15 @@ func worker(work string) {
 		os.Exit(0)
 	}()
 	m := dmutex.New("k", parse(ttl), client, dmutex.WithFencing())
+	if writes == "in Do" {
+		_ = m.Do(context.Background(), func(ctx context.Context) error {
+			fmt.Println("held")
+			time.Sleep(parse(hold))
+			fmt.Println("ctx:", ctx.Err() != nil, errors.Is(context.Cause(ctx), dmutex.ErrLockLost))
+			return nil
+		})
+		os.Exit(0)
+	}
 	if err := m.Lock(context.Background()); err != nil {
 		fmt.Println(err)
 		os.Exit(1)

@@ -169,7 +169,7 @@ func (h *hold) run(ctx context.Context, renews bool) error {
 		case left <= 0 && !h.mayExtend():
 			return fmt.Errorf("%w: %w", ErrLockLost, errMaxHold)
 		case left <= 0:
-			return fmt.Errorf("%w: its ttl is over", ErrLockLost)
+			return errTTLOver
 		case !renews || !h.mayExtend():
 			timer.Reset(left)
 			continue
@@ -193,4 +193,19 @@ func (h *hold) run(ctx context.Context, renews bool) error {
 			timer.Reset(min(time.Until(h.until()), jitter(h.ttl/40, h.ttl/20)))
 		}
 	}
+}
+
+// promptCtx is a ctx that ends when a hold does. In a process that was stopped, who asks
+// it first after the wake may come before the keeper; it has ended for them, too.
+type promptCtx struct {
+	context.Context
+	hold *hold
+	end  context.CancelCauseFunc
+}
+
+func (c promptCtx) Err() error {
+	if !time.Now().Before(c.hold.until()) {
+		c.end(errTTLOver)
+	}
+	return c.Context.Err()
 }

@@ -304,6 +304,7 @@ func TestDoEndsItsCtxBeforeTheKeyExpires(t *testing.T) {
 		"black hole": func(p *rig.Proxy) { p.BlackHole(true) },
 		"refused":    func(p *rig.Proxy) { p.Refuse(true); p.CutAll() },
 		"slow":       func(p *rig.Proxy) { p.Delay(2 * time.Second) },
+		"no replies": func(p *rig.Proxy) { p.BlackHoleOn(script) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			throughProxy(t, func(t *testing.T, p *rig.Proxy, behind, beside *redis.Client) {
@@ -319,6 +320,7 @@ func TestDoEndsItsCtxBeforeTheKeyExpires(t *testing.T) {
 						assert.ErrorIs(t, context.Cause(inner), dmutex.ErrLockLost)
 						assert.NotErrorIs(t, context.Cause(inner), context.DeadlineExceeded)
 						p.BlackHole(false)
+						p.BlackHoleOn("")
 						p.Refuse(false)
 						p.Delay(0)
 						p.CutAll()

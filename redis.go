@@ -88,6 +88,7 @@ var (
 var (
 	errForgotten = errors.New("it was released or lost; Redis has forgotten which")
 	errMaxHold   = errors.New("it was held for as long as it may be")
+	errTTLOver   = fmt.Errorf("%w: its ttl is over", ErrLockLost)
 	errTooLate   = errors.New("the ttl was over before the answer came")
 	errNotUsable = errors.New("client is nil or was not made by its constructor")
 	errRing      = errors.New("client is a *redis.Ring, which can grant one lock twice")
