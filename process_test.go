@@ -138,11 +138,11 @@ func TestStoppedHolderWritesLate(t *testing.T) {
 func TestStoppedProcessFindsItsCtxEnded(t *testing.T) {
 	s := rig.Redis(t)
 	for _, stopped := range []bool{false, true} {
-		holder, said := startWorker(t, s.Addr, time.Second, 1500*time.Millisecond, "in Do")
+		holder, said := startWorker(t, s.Addr, 2*time.Second, 2500*time.Millisecond, "in Do")
 		require.Equal(t, "held", receive(t, said))
 		if stopped {
 			require.NoError(t, holder.Process.Signal(syscall.SIGSTOP))
-			time.Sleep(2 * time.Second)
+			time.Sleep(3 * time.Second)
 			require.NoError(t, holder.Process.Signal(syscall.SIGCONT))
 		}
 		require.Equal(t, fmt.Sprint("ctx: ", stopped, " ", stopped), receive(t, said))
