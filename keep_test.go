@@ -141,6 +141,7 @@ func TestDoTellsAllErrors(t *testing.T) {
 			require.NoError(t, err)
 			require.False(t, ran)
 			require.NoError(t, holder.Unlock(ctx))
+			requireClean(t, client) // what was given up has given up its place
 		})
 		t.Run("none", func(t *testing.T) {
 			ran, err := m.TryDo(ctx, func(context.Context) error {

@@ -259,14 +259,16 @@ func TestPlacesAreAskedForAgain(t *testing.T) {
 		defer other.Close()
 		holder := locked(t, "k", time.Hour, client)
 		turns := make(chan int, 10)
+		var wg sync.WaitGroup
+		defer wg.Wait()
 		for i := range 5 {
 			m := dmutex.New("k", long, client)
-			go func() {
+			wg.Go(func() {
 				if assert.NoError(t, m.Lock(ctx)) {
 					turns <- i
 					assert.NoError(t, m.Unlock(ctx))
 				}
-			}()
+			})
 			time.Sleep(10 * time.Millisecond)
 		}
 		synctest.Wait()
