@@ -281,7 +281,8 @@ func (m *Mutex) giveBack(ctx context.Context, h *hold) error {
 // reached until the ttl was over, when the key was deleted or taken over, or when
 // [WithMaxHold] is reached. [context.Cause] tells which, and matches [ErrLockLost]. f
 // should return then; what it writes after that moment may meet the next holder's
-// writes.
+// writes. In a process that was stopped, Err of this very ctx tells the end at once;
+// Done, and a ctx derived from this one, a moment later.
 //
 // The error is a [*ErrFailedToLock] if f was not run. Else it is what f returned,
 // joined with a [*ErrFailedToUnlock] if the release failed; errors.Is and errors.As see
@@ -309,10 +310,11 @@ func (m *Mutex) TryDo(ctx context.Context, f func(ctx context.Context) error) (r
 
 func (m *Mutex) do(ctx context.Context, c *claim, f func(ctx context.Context) error) (err error) {
 	h := newHold(c, m.maxHold)
+	var token int64 // 0 also hides that of a Do around this one
 	if m.signature.fencing {
-		ctx = context.WithValue(ctx, tokenKey{}, c.token())
+		token = c.token()
 	}
-	inner, end := context.WithCancelCause(ctx)
+	inner, end := context.WithCancelCause(context.WithValue(ctx, tokenKey{}, token))
 	h.keep(true, end)
 	inner = promptCtx{inner, h, end}
 	defer func() {
@@ -329,8 +331,9 @@ func (m *Mutex) do(ctx context.Context, c *claim, f func(ctx context.Context) er
 // it by themselves.
 //
 // Any error is an [*ErrFailedToExtend]. It matches [ErrNotHeld] if this mutex holds
-// nothing, [ErrLockLost] if the hold has ended, and else ctx.Err() or what went wrong:
-// then it is not known whether the hold was extended, and its former end counts.
+// nothing, [ErrLockLost] if the hold has ended, and [ErrMaxHold] if it would last for
+// longer than it may. With any other, ctx.Err() among them, it is not known whether the
+// hold was extended, and its former end counts.
 func (m *Mutex) Extend(ctx context.Context) error {
 	if err := m.extend(ctx); err != nil {
 		return &ErrFailedToExtend{Key: m.key, Err: err}
@@ -350,8 +353,9 @@ func (m *Mutex) extend(ctx context.Context) error {
 }
 
 // Lost returns a channel that is closed when the lock that this mutex holds can no
-// longer be relied on: its ttl is over, or a renewal found that it was deleted or taken
-// over. It is not closed by Unlock. If the mutex holds nothing it is closed already.
+// longer be relied on: its ttl is over, or a renewal of [WithKeepAlive] found that it was
+// deleted or taken over. It is not closed by Unlock. If the mutex holds nothing, or an
+// Unlock got no answer, it is closed already.
 //
 // For as long as the hold lasts, the first call starts a goroutine that looks at the
 // clock, if [WithKeepAlive] has not started one.
@@ -362,8 +366,7 @@ func (m *Mutex) Lost() <-chan struct{} {
 		close(closed)
 		return closed
 	}
-	h.keep(false, func(error) {})
-	return h.lost
+	return h.keep(false, func(error) {})
 }
 
 // WaitUntilUnlocked waits until the hold that is there when it is called ends, or
@@ -377,7 +380,7 @@ func (m *Mutex) Lost() <-chan struct{} {
 // that share a mutex share this memory too.
 //
 // A hold whose key was deleted by a third party has not run out, and counts as
-// released. Of one that speaks another protocol (plain redsync, which tells nobody
+// released, unless it was renewed since it was seen last. Of one that speaks another protocol (plain redsync, which tells nobody
 // that it releases), the end is noticed within 250 ms and taken for a release if
 // its ttl was not over by then.
 //
@@ -472,8 +475,8 @@ func (m *Mutex) checkWith(ctx context.Context) error {
 // granted records a hold that Unlock will end.
 func (m *Mutex) granted(c *claim) {
 	h := newHold(c, m.maxHold)
-	m.holds.add(h)
 	if m.keepAlive {
 		h.keep(true, func(error) {})
 	}
+	m.holds.add(h)
 }

@@ -16,6 +16,11 @@ var (
 	// by the cause of a ctx that [Mutex.Do] ended.
 	ErrLockLost = errors.New("dmutex: lock was lost before it was released")
 
+	// ErrMaxHold is matched by the error of an Extend that would let a hold last for
+	// longer than [WithMaxHold] allows, and by the cause of a ctx that [Mutex.Do]
+	// ended because it had lasted for so long.
+	ErrMaxHold = errors.New("dmutex: lock was held for as long as it may be")
+
 	// ErrFateUnknown is matched by the error of a WaitUntilUnlocked that waits for a
 	// hold which is gone, and was seen last so long ago that Redis has forgotten how
 	// it ended (about 15 seconds): because Redis was out of reach meanwhile, or because

@@ -28,7 +28,7 @@ func (h *holds) add(g *hold) {
 	switch {
 	case h.current == nil || h.tried:
 		h.current, h.tried = g, false
-	case g.until().Before(h.current.until()):
+	case g.claim.until().Before(h.current.claim.until()): // as granted; renewals move the end
 		h.owed++
 	default:
 		h.current = g
@@ -63,10 +63,14 @@ func (h *holds) putBack(g *hold) {
 	}
 }
 
-// newest returns the newest grant, nil if there is none.
+// newest returns the newest grant; nil if there is none, or if an Unlock of it got no
+// answer, so that it can be relied on no more.
 func (h *holds) newest() *hold {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.tried {
+		return nil
+	}
 	return h.current
 }
 
@@ -75,10 +79,12 @@ type hold struct {
 	*claim
 	bound time.Time // no renewal may let it last for longer; zero: any may
 
-	mu   sync.Mutex    // guards the fields below
-	end  time.Time     // until when it can be relied on
-	stop func()        // ends the keeper; nil if there is none
-	lost chan struct{} // closed by the keeper when it is lost; nil if there is none
+	mu    sync.Mutex    // guards the fields below
+	end   time.Time     // until when it can be relied on
+	fault error         // of the latest renewal; nil if that was none
+	left  bool          // it is being released: no keeper may start any more
+	stop  func()        // ends the keeper; nil if there is none
+	lost  chan struct{} // closed by the keeper when it is lost; nil if there is none
 }
 
 // newHold makes a hold of a claim that was granted.
@@ -100,50 +106,74 @@ func (h *hold) until() time.Time {
 // extend lets the hold last for its ttl from now on.
 func (h *hold) extend(ctx context.Context) error {
 	if !h.mayExtend() {
-		return errMaxHold
+		if !time.Now().Before(h.until()) {
+			return h.whyOver()
+		}
+		return ErrMaxHold
 	}
 	end, err := h.claim.extend(ctx)
-	if err != nil {
-		return err
-	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if end.After(h.end) {
-		h.end = end
+	switch {
+	case err == nil:
+		h.fault = nil
+		if end.After(h.end) {
+			h.end = end
+		}
+	case h.fault == nil || !errors.Is(err, context.DeadlineExceeded): // a time limit says least
+		h.fault = given(context.Background(), err)
 	}
-	return nil
+	return err
 }
 
 func (h *hold) mayExtend() bool {
 	return h.bound.IsZero() || !time.Now().Add(h.ttl).After(h.bound)
 }
 
+// whyOver tells why the hold has come to its end.
+func (h *hold) whyOver() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case h.fault != nil:
+		return fmt.Errorf("%w: it could not be renewed before its ttl was over: %w", ErrLockLost, h.fault)
+	case !h.mayExtend():
+		return fmt.Errorf("%w: %w", ErrLockLost, ErrMaxHold)
+	default:
+		return fmt.Errorf("%w: its ttl is over", ErrLockLost)
+	}
+}
+
 // keep starts the keeper, if there is none yet: the goroutine that closes lost when
 // the hold can no longer be relied on, after it has told onLost why, and that sees to
 // it that it can if it renews.
-func (h *hold) keep(renews bool, onLost func(error)) {
+func (h *hold) keep(renews bool, onLost func(error)) (lost <-chan struct{}) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.stop != nil {
-		return
+	if h.lost == nil {
+		h.lost = make(chan struct{})
+	}
+	if h.stop != nil || h.left {
+		return h.lost
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	lost, stopped := make(chan struct{}), make(chan struct{})
-	h.lost = lost
+	stopped := make(chan struct{})
 	h.stop = func() { cancel(); <-stopped }
 	go func() {
 		defer close(stopped)
 		if err := h.run(ctx, renews); err != nil {
 			onLost(err)
-			close(lost)
+			close(h.lost)
 		}
 	}()
+	return h.lost
 }
 
 // leave ends the keeper. What it has sent and not been answered can do nothing any
 // more once the ticket is released.
 func (h *hold) leave() {
 	h.mu.Lock()
+	h.left = true
 	stop := h.stop
 	h.mu.Unlock()
 	if stop != nil {
@@ -153,8 +183,7 @@ func (h *hold) leave() {
 
 // run returns why the hold was lost, or nil when ctx ends.
 func (h *hold) run(ctx context.Context, renews bool) error {
-	var fault error // of the latest renewal
-	timer := time.NewTimer(h.ttl / 3)
+	timer := time.NewTimer(time.Until(h.until()) - h.ttl*2/3) // the answer may have taken long
 	defer timer.Stop()
 	for {
 		select {
@@ -164,12 +193,8 @@ func (h *hold) run(ctx context.Context, renews bool) error {
 		}
 		left := time.Until(h.until())
 		switch {
-		case left <= 0 && fault != nil:
-			return fmt.Errorf("%w: it could not be renewed before its ttl was over: %w", ErrLockLost, fault)
-		case left <= 0 && !h.mayExtend():
-			return fmt.Errorf("%w: %w", ErrLockLost, errMaxHold)
 		case left <= 0:
-			return errTTLOver
+			return h.whyOver()
 		case !renews || !h.mayExtend():
 			timer.Reset(left)
 			continue
@@ -182,14 +207,10 @@ func (h *hold) run(ctx context.Context, renews bool) error {
 		case ctx.Err() != nil:
 			return nil
 		case err == nil:
-			fault = nil
 			timer.Reset(h.ttl / 3)
 		case errors.Is(err, ErrLockLost):
 			return err
 		default:
-			if fault == nil || !errors.Is(err, context.DeadlineExceeded) { // that of bound says least
-				fault = given(ctx, err)
-			}
 			timer.Reset(min(time.Until(h.until()), jitter(h.ttl/40, h.ttl/20)))
 		}
 	}
@@ -205,7 +226,7 @@ type promptCtx struct {
 
 func (c promptCtx) Err() error {
 	if !time.Now().Before(c.hold.until()) {
-		c.end(errTTLOver)
+		c.end(c.hold.whyOver())
 	}
 	return c.Context.Err()
 }

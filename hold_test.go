@@ -38,4 +38,14 @@ func TestOlderGrantIsNotTakenForTheNewer(t *testing.T) {
 	require.Same(t, newer, c)
 	_, err = h.take()
 	require.ErrorIs(t, err, ErrNotHeld)
+
+	older.end = time.Now().Add(time.Hour) // it was renewed until it was lost
+	h = holds{}
+	h.add(older)
+	h.add(newer)
+	_, err = h.take()
+	require.ErrorIs(t, err, ErrLockLost)
+	c, err = h.take()
+	require.NoError(t, err)
+	require.Same(t, newer, c)
 }

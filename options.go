@@ -17,7 +17,8 @@ func (o option) apply(m *Mutex) { o(m) }
 // The ttl is then only what the others wait if the holder dies, so it may be short.
 // Whether the hold was lost all the same is told by [Mutex.Lost].
 //
-// A holder that hangs and is not dead holds for ever; see [WithMaxHold].
+// A holder that hangs and is not dead holds for ever, and so does one that leaves Unlock
+// out; see [WithMaxHold].
 func WithKeepAlive() Option { return option(func(m *Mutex) { m.keepAlive = true }) }
 
 // WithMaxHold bounds how long a lock may be held with renewals, by [WithKeepAlive],

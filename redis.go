@@ -87,8 +87,6 @@ var (
 
 var (
 	errForgotten = errors.New("it was released or lost; Redis has forgotten which")
-	errMaxHold   = errors.New("it was held for as long as it may be")
-	errTTLOver   = fmt.Errorf("%w: its ttl is over", ErrLockLost)
 	errTooLate   = errors.New("the ttl was over before the answer came")
 	errNotUsable = errors.New("client is nil or was not made by its constructor")
 	errRing      = errors.New("client is a *redis.Ring, which can grant one lock twice")
@@ -366,7 +364,7 @@ type Info struct {
 
 	Owner    string    // its label, see [WithOwner]; "" if it has none
 	Holder   string    // names the hold; not in full, so that nobody can release it
-	Since    time.Time // when it got the lock, by the server's clock; zero if it has no label or token
+	Since    time.Time // when it got the lock, by the server's clock as far as that was not set back; zero if it has no label or token
 	HandedTo bool      // it was handed the lock, and has not answered yet
 	Foreign  bool      // it speaks another protocol, like plain redsync, and hands nothing over
 }
