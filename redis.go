@@ -423,7 +423,8 @@ func newClaim(n node, names names, ttl time.Duration, inbox string, signed signa
 		grace:   min(ttl, maxGrace),
 		fencing: signed.fencing || signed.owner != "", // whose token tells since when
 	}
-	return &claim{ticket: p.ticket, ttl: ttl, port: p, mutex: p.mutex(ttl)}
+	value := redsync.WithGenValueFunc(func() (string, error) { return p.ticket, nil })
+	return &claim{ticket: p.ticket, ttl: ttl, port: p, mutex: p.mutex(ttl, value)}
 }
 
 // signature is what a claim says of itself besides its ticket.
@@ -480,7 +481,7 @@ func (c *claim) until() time.Time { return c.mutex.Until() }
 // The error matches ErrLockLost if it was lost before.
 func (c *claim) extend(ctx context.Context) (until time.Time, err error) {
 	// A mutex of its own: redsync's are not safe for concurrent use.
-	m := c.port.mutex(c.ttl)
+	m := c.port.mutex(c.ttl, redsync.WithValue(c.ticket))
 	_, err = m.ExtendContext(ctx)
 	var taken *redsync.ErrTaken
 	switch {
@@ -575,12 +576,11 @@ type port struct {
 }
 
 // mutex returns a redsync.Mutex that works on p.
-func (p *port) mutex(ttl time.Duration) *redsync.Mutex {
+func (p *port) mutex(ttl time.Duration, value redsync.Option) *redsync.Mutex {
 	return redsync.New(p).NewMutex(p.names.lock,
 		redsync.WithExpiry(ttl),
 		redsync.WithTimeoutFactor(float64(min(max(ttl, minAnswerTime), maxAnswerTime))/float64(ttl)),
-		redsync.WithGenValueFunc(func() (string, error) { return p.ticket, nil }),
-		redsync.WithValue(p.ticket),
+		value,
 	)
 }
 
