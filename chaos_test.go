@@ -199,8 +199,7 @@ type chaos struct {
 	random *rand.Rand
 
 	processes []*chaosProcess
-	news      *os.File // what all processes tell
-	out       *os.File
+	out       *os.File // where all processes tell what happens
 
 	events []chaosEvent
 	faults map[string]int // how many of which kind
@@ -255,15 +254,15 @@ var processFaults = []chaosFault{
 	}},
 }
 
-// run lets the processes loose for a while, with faults, and returns what happened.
+// run lets the processes loose for a while, with faults, and notes what happens.
 func (c *chaos) run(length time.Duration, faults []chaosFault) {
-	var err error
-	c.news, c.out, err = os.Pipe()
+	news, out, err := os.Pipe()
 	require.NoError(c.t, err)
+	c.out = out
 	read := make(chan struct{})
 	go func() {
 		defer close(read)
-		for lines := bufio.NewScanner(c.news); lines.Scan(); {
+		for lines := bufio.NewScanner(news); lines.Scan(); {
 			var e chaosEvent
 			if json.Unmarshal(lines.Bytes(), &e) == nil {
 				c.events = append(c.events, e)
@@ -293,9 +292,9 @@ func (c *chaos) run(length time.Duration, faults []chaosFault) {
 		require.NoError(c.t, p.Wait(), "a process does not end when nothing is wrong any more")
 		stuck.Stop()
 	}
-	_ = c.out.Close()
+	_ = out.Close()
 	<-read
-	_ = c.news.Close()
+	_ = news.Close()
 }
 
 // hold is a time in which somebody was told that it has the lock.

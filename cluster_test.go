@@ -58,7 +58,7 @@ func TestCluster(t *testing.T) {
 		)
 		for i := range keys {
 			key := fmt.Sprintf("many-%d", i)
-			holders = append(holders, lockedInCluster(t, key, client))
+			holders = append(holders, locked(t, key, long, client))
 			m := dmutex.New(key, long, other)
 			wg.Go(func() {
 				if assert.NoError(t, m.Lock(ctx)) {
@@ -79,30 +79,10 @@ func TestCluster(t *testing.T) {
 	})
 
 	t.Run("exclusion", func(t *testing.T) {
-		var (
-			inside atomic.Int32
-			count  int
-			wg     sync.WaitGroup
-		)
-		for range 4 {
-			client := c.Client()
-			for range 5 {
-				m := dmutex.New("contended", long, client)
-				wg.Go(func() {
-					for range 20 {
-						if !assert.NoError(t, m.Lock(ctx)) {
-							return
-						}
-						assert.Equal(t, int32(1), inside.Add(1))
-						count++
-						inside.Add(-1)
-						assert.NoError(t, m.Unlock(ctx))
-					}
-				})
-			}
-		}
-		wg.Wait()
-		require.Equal(t, 4*5*20, count)
+		clients := []*redis.ClusterClient{c.Client(), c.Client(), c.Client(), c.Client()}
+		requireExclusion(t, 20, 20, func(goroutine int) *dmutex.Mutex {
+			return dmutex.New("contended", long, clients[goroutine%len(clients)])
+		})
 	})
 
 	t.Run("renewal, token and owner", func(t *testing.T) {
@@ -123,7 +103,7 @@ func TestCluster(t *testing.T) {
 
 	t.Run("closed client ends the waits", func(t *testing.T) {
 		client := c.Client()
-		holder := lockedInCluster(t, "k", c.Client())
+		holder := locked(t, "k", long, c.Client())
 		gotten, told := lock(ctx, dmutex.New("k", long, client)), watch(ctx, dmutex.New("k", long, client))
 		awaitPlaces(t, c, "k", 1)
 		require.NoError(t, client.Close())
@@ -137,7 +117,7 @@ func TestCluster(t *testing.T) {
 	t.Run("slot moves", func(t *testing.T) {
 		client := c.Client()
 		key := "{moves}"
-		holder := lockedInCluster(t, key, client)
+		holder := locked(t, key, long, client)
 		told := watch(ctx, dmutex.New(key, long, client))
 		var wg sync.WaitGroup
 		turn := func(client redis.UniversalClient) {
@@ -164,7 +144,7 @@ func TestCluster(t *testing.T) {
 
 	t.Run("frozen", func(t *testing.T) {
 		client := c.Client()
-		require.NoError(t, lockedInCluster(t, "k", client).Unlock(ctx))
+		require.NoError(t, locked(t, "k", long, client).Unlock(ctx))
 		for _, s := range c.Servers {
 			s.Signal(syscall.SIGSTOP)
 		}
@@ -182,12 +162,6 @@ func TestCluster(t *testing.T) {
 			require.Less(t, time.Since(start), 2*time.Second)
 		}
 	})
-}
-
-// lockedInCluster returns a mutex that holds key.
-func lockedInCluster(t *testing.T, key string, client redis.UniversalClient) *dmutex.Mutex {
-	t.Helper()
-	return locked(t, key, long, client)
 }
 
 // awaitPlaces waits until n tickets are in the queue of key.
@@ -230,7 +204,7 @@ func TestClusterMasterFails(t *testing.T) {
 	defer cancel()
 	client := c.Client()
 	fails, replica := c.Master("k")
-	holder := lockedInCluster(t, "k", client)
+	holder := locked(t, "k", long, client)
 	next := dmutex.New("k", long, client)
 	gotten, told := lock(ctx, next), watch(ctx, dmutex.New("k", long, client))
 	awaitPlaces(t, c, "k", 1)

@@ -170,13 +170,15 @@ func New(key string, ttl time.Duration, client redis.UniversalClient, opts ...Op
 func (m *Mutex) Lock(ctx context.Context) error {
 	c, err := m.lock(ctx)
 	if err != nil {
-		return &ErrFailedToLock{Key: m.key, Err: err}
+		return err
 	}
 	m.granted(c)
 	return nil
 }
 
-func (m *Mutex) lock(ctx context.Context) (*claim, error) {
+// lock returns an *ErrFailedToLock, as tryLock does.
+func (m *Mutex) lock(ctx context.Context) (_ *claim, err error) {
+	defer m.nameFailure(&err)
 	if err := m.checkWith(ctx); err != nil {
 		return nil, err
 	}
@@ -194,18 +196,16 @@ func (m *Mutex) lock(ctx context.Context) (*claim, error) {
 // is not held then. An answer that came when the ttl was over already is an error.
 func (m *Mutex) TryLock(ctx context.Context) (acquired bool, err error) {
 	c, err := m.tryLock(ctx)
-	switch {
-	case err != nil:
-		return false, &ErrFailedToLock{Key: m.key, Err: err}
-	case c == nil:
-		return false, nil
+	if c == nil {
+		return false, err
 	}
 	m.granted(c)
 	return true, nil
 }
 
 // tryLock returns nil if somebody else holds the lock.
-func (m *Mutex) tryLock(ctx context.Context) (*claim, error) {
+func (m *Mutex) tryLock(ctx context.Context) (_ *claim, err error) {
+	defer m.nameFailure(&err)
 	if err := m.checkWith(ctx); err != nil {
 		return nil, err
 	}
@@ -290,7 +290,7 @@ func (m *Mutex) giveBack(ctx context.Context, h *hold) error {
 func (m *Mutex) Do(ctx context.Context, f func(ctx context.Context) error) error {
 	c, err := m.lock(ctx)
 	if err != nil {
-		return &ErrFailedToLock{Key: m.key, Err: err}
+		return err
 	}
 	return m.do(ctx, c, f)
 }
@@ -299,11 +299,8 @@ func (m *Mutex) Do(ctx context.Context, f func(ctx context.Context) error) error
 // holds it the result is (false, nil), and f was not run.
 func (m *Mutex) TryDo(ctx context.Context, f func(ctx context.Context) error) (ran bool, err error) {
 	c, err := m.tryLock(ctx)
-	switch {
-	case err != nil:
-		return false, &ErrFailedToLock{Key: m.key, Err: err}
-	case c == nil:
-		return false, nil
+	if c == nil {
+		return false, err
 	}
 	return true, m.do(ctx, c, f)
 }
@@ -443,6 +440,13 @@ func (m *Mutex) Inspect(ctx context.Context) (Info, error) {
 	}
 	info, err := inspect(ctx, m.node, m.names)
 	return info, m.failed("inspect", err)
+}
+
+// nameFailure makes the error of an attempt to lock an *ErrFailedToLock.
+func (m *Mutex) nameFailure(err *error) {
+	if *err != nil {
+		*err = &ErrFailedToLock{Key: m.key, Err: *err}
+	}
 }
 
 // failed returns err as an error of a call that has no error type of its own.

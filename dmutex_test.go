@@ -21,40 +21,42 @@ import (
 	"github.com/omniful/go_commons/dmutex/internal/rig"
 )
 
+// requireExclusion has goroutines contend for a lock, and checks that never two are in.
+func requireExclusion(t *testing.T, goroutines, rounds int, mutex func(goroutine int) *dmutex.Mutex) {
+	t.Helper()
+	ctx := timeout(t)
+	var (
+		inside  atomic.Int32
+		entries int // guarded by the lock, and by nothing else
+		wg      sync.WaitGroup
+	)
+	for g := range goroutines {
+		m := mutex(g)
+		wg.Go(func() {
+			for range rounds {
+				if !assert.NoError(t, m.Lock(ctx)) {
+					return
+				}
+				assert.Equal(t, int32(1), inside.Add(1))
+				entries++
+				inside.Add(-1)
+				assert.NoError(t, m.Unlock(ctx))
+			}
+		})
+	}
+	wg.Wait()
+	require.Equal(t, goroutines*rounds, entries)
+}
+
 func TestExclusion(t *testing.T) {
 	const goroutines, rounds = 50, 20
-	contend := func(t *testing.T, mutex func(goroutine int) *dmutex.Mutex) {
-		ctx := timeout(t)
-		var (
-			inside  atomic.Int32
-			entries int // guarded by the lock, and by nothing else
-			wg      sync.WaitGroup
-		)
-		for g := range goroutines {
-			m := mutex(g)
-			wg.Go(func() {
-				for range rounds {
-					if !assert.NoError(t, m.Lock(ctx)) {
-						return
-					}
-					assert.Equal(t, int32(1), inside.Add(1))
-					entries++
-					inside.Add(-1)
-					assert.NoError(t, m.Unlock(ctx))
-				}
-			})
-		}
-		wg.Wait()
-		require.Equal(t, goroutines*rounds, entries)
-	}
-
 	t.Run("on ten clients", func(t *testing.T) {
 		rig.OnEach(t, func(t *testing.T, s *rig.Server) {
 			var clients []*redis.Client
 			for range 10 {
 				clients = append(clients, s.Client())
 			}
-			contend(t, func(g int) *dmutex.Mutex { return dmutex.New("k", long, clients[g%10]) })
+			requireExclusion(t, goroutines, rounds, func(g int) *dmutex.Mutex { return dmutex.New("k", long, clients[g%10]) })
 			requireClean(t, clients[0])
 		})
 	})
@@ -62,7 +64,7 @@ func TestExclusion(t *testing.T) {
 		rig.OnEach(t, func(t *testing.T, s *rig.Server) {
 			client := s.Client()
 			shared := dmutex.New("k", long, client)
-			contend(t, func(int) *dmutex.Mutex { return shared })
+			requireExclusion(t, goroutines, rounds, func(int) *dmutex.Mutex { return shared })
 			requireClean(t, client)
 		})
 	})

@@ -444,7 +444,7 @@ func (c *claim) inLine(since string) {
 
 // inbox is where a hand-over to the ticket is told.
 func (c *claim) inbox() string {
-	inbox, _, _ := strings.Cut(c.ticket, ".")
+	inbox, _, _ := splitTicket(c.ticket)
 	return inbox
 }
 

@@ -10,7 +10,8 @@
 --         time that an earlier answer gave for the one it had from then on
 --       5 expiry of the queue in ms
 --       6 expiry of the latest fencing token in ms
--- Result {'held', fencing token or ''}: the lock's value is the ticket and its expiry the whole ttl
+-- Result {'held', fencing token or ''}: the lock's value is the ticket and its
+--         expiry the whole ttl
 --        {'ended'}: the ticket was ended before; it can never hold the lock again
 --        {'taken', holder, its remaining ttl in ms, rank or -1, place in the queue}
 --
