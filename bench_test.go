@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/go-redsync/redsync/v4"
@@ -85,4 +86,58 @@ func BenchmarkHandOver(b *testing.B) {
 			b.ReportMetric(float64(sum)/float64(b.N), "requests/op")
 		})
 	}
+}
+
+// One turn of a lock that sixteen goroutines of one client want.
+func BenchmarkOneProcess(b *testing.B) {
+	client := rig.Redis(b).Client()
+	requests := count(client)
+	ctx := context.Background()
+	var (
+		wg   sync.WaitGroup
+		left = b.N // guarded by the lock
+	)
+	b.ReportAllocs()
+	b.ResetTimer()
+	for range 16 {
+		m := dmutex.New("k", long, client)
+		wg.Go(func() {
+			for more := true; more; {
+				if m.Lock(ctx) != nil {
+					return
+				}
+				left--
+				more = left > 0
+				_ = m.Unlock(ctx)
+			}
+		})
+	}
+	wg.Wait()
+	b.StopTimer()
+	b.ReportMetric(float64(requests.n.Load())/float64(b.N), "requests/op")
+}
+
+// Sixty-four goroutines of one client, each with a lock of its own.
+func BenchmarkManyKeys(b *testing.B) {
+	client := rig.Redis(b).Client()
+	ctx := context.Background()
+	var (
+		wg   sync.WaitGroup
+		left atomic.Int64
+	)
+	left.Store(int64(b.N))
+	b.ReportAllocs()
+	b.ResetTimer()
+	for i := range 64 {
+		m := dmutex.New(fmt.Sprint("k", i), long, client)
+		wg.Go(func() {
+			for left.Add(-1) >= 0 {
+				if m.Lock(ctx) != nil || m.Unlock(ctx) != nil {
+					b.Error("a lock that nobody wants")
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
 }

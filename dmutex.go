@@ -48,7 +48,7 @@
 //
 // Each attempt has a ticket, "<inbox>.<random>", chosen before anything is sent;
 // the lock is held by the ticket that is the value of its key. redsync runs
-// acquire and release, with our two scripts in place of its own:
+// acquire and release, on the answers of our two scripts in place of its own:
 //
 //	Lock    acquire ──▶ lock is free, nobody waits: its value is the ticket now
 //	           │
@@ -68,6 +68,13 @@
 // share one subscription. Messages are hints: the truth is the lock's value, and
 // nothing waits for a message alone.
 //
+// If the first in the queue waits on the client that releases, it needs no message and
+// claims nothing: release gives it the lock for its whole ttl, which counts from before
+// the request was sent, and the answer says so. If that is lost, the waiter looks.
+//
+// A client has four requests under way at the most; what is asked for meanwhile goes
+// together, in one pipeline, when one of them is answered.
+//
 // A ticket that was ended leaves a tombstone for 15 seconds, so that a repeat of
 // its release, after a lost reply, is told apart from a lock that was lost; so that
 // a request for the lock that arrives after its own clean-up finds it ended; and so
@@ -78,6 +85,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -108,13 +116,10 @@ var _ DMutex = (*Mutex)(nil)
 //
 // The zero value is of no use; its methods return an error.
 type Mutex struct {
-	key   string
-	names names
-	ttl   time.Duration
-	node  node
-	err   error // of New, told by every method
+	claimant
+	key string
+	err error // of New, told by every method
 
-	signature signature
 	keepAlive bool
 	maxHold   time.Duration // 0: no bound
 
@@ -140,15 +145,17 @@ type Mutex struct {
 // error and send nothing. So does a key that Redis Cluster cannot serve, with a
 // cluster client: one with a closing brace but no hash tag.
 func New(key string, ttl time.Duration, client redis.UniversalClient, opts ...Option) *Mutex {
-	m := &Mutex{key: key, ttl: ttl.Truncate(time.Millisecond)}
-	m.node, m.err = nodeOf(client, key)
+	m := &Mutex{key: key}
+	node, err := nodeOf(client, key)
 	switch {
 	case key == "":
 		m.err = errors.New("key is empty")
 	case ttl < time.Millisecond:
 		m.err = fmt.Errorf("ttl is %v, less than a millisecond", ttl)
+	case err != nil:
+		m.err = err
 	default:
-		m.names = namesOf(key)
+		m.claimant = newClaimant(node, namesOf(key), ttl.Truncate(time.Millisecond))
 	}
 	for _, opt := range opts {
 		if opt != nil {
@@ -209,7 +216,7 @@ func (m *Mutex) tryLock(ctx context.Context) (_ *claim, err error) {
 	if err := m.checkWith(ctx); err != nil {
 		return nil, err
 	}
-	c := newClaim(m.node, m.names, m.ttl, newInbox(), m.signature)
+	c := m.claim("")
 	sent := time.Now()
 	seen, err := c.try(ctx)
 	switch {
@@ -231,7 +238,8 @@ func (m *Mutex) tryLock(ctx context.Context) (_ *claim, err error) {
 
 // Unlock releases the lock and hands it to the first who waits, in one round trip.
 // It takes no notice of the end of ctx, as a release must not be left out; it is
-// tried for about a second if Redis cannot be reached, and bounded by ten seconds.
+// tried for about a second if Redis cannot be reached, and bounded by ten seconds, and
+// by what the client takes at the most to dial, if that is more.
 //
 // Any error is an [*ErrFailedToUnlock]. If it matches [ErrNotHeld], this mutex holds
 // nothing: it never did, or was unlocked already. If it matches [ErrLockLost], the
@@ -265,7 +273,12 @@ func (m *Mutex) unlock(ctx context.Context) error {
 // giveBack ends a hold, in the background if Redis does not answer.
 func (m *Mutex) giveBack(ctx context.Context, h *hold) error {
 	h.leave()
-	err := h.release(ctx)
+	next, heir := subscribers.heir(m.line())
+	err := h.releaseTo(ctx, heir)
+	if next != nil {
+		next.inherit(heir)
+		runtime.Gosched() // it has waited for longer, and holds the lock
+	}
 	if err != nil && !errors.Is(err, ErrLockLost) {
 		h.abandon(ctx)
 	}
@@ -377,9 +390,9 @@ func (m *Mutex) Lost() <-chan struct{} {
 // that share a mutex share this memory too.
 //
 // A hold whose key was deleted by a third party has not run out, and counts as
-// released, unless it was renewed since it was seen last. Of one that speaks another protocol (plain redsync, which tells nobody
-// that it releases), the end is noticed within 250 ms and taken for a release if
-// its ttl was not over by then.
+// released, unless it was renewed since it was seen last. Of one that speaks another
+// protocol (plain redsync, which tells nobody that it releases), the end is noticed
+// within 250 ms and taken for a release if its ttl was not over by then.
 //
 // The error matches ctx.Err() if ctx ended, [ErrFateUnknown] if the hold has ended
 // and was seen last so long ago that Redis has forgotten how, and else what that of
@@ -456,6 +469,9 @@ func (m *Mutex) failed(what string, err error) error {
 	}
 	return fmt.Errorf("dmutex: failed to %s %q: %w", what, m.key, err)
 }
+
+// line is where this process's waiters for the lock stand.
+func (m *Mutex) line() lineID { return lineID{m.node.shared(), m.key} }
 
 // check returns the error of bad arguments, to this call or to New.
 func (m *Mutex) check(ctx context.Context) error {

@@ -1,6 +1,7 @@
 package dmutex
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	_ "embed"
@@ -31,7 +32,7 @@ const (
 	queueTTL = 30 * time.Second
 
 	// tombstoneTTL outlives the retries of a go-redis client with its default
-	// settings (four times 3 s and the pauses between). handover.lua has it, too.
+	// settings (four times 3 s and the pauses between).
 	tombstoneTTL = 15 * time.Second
 
 	// fenceTTL is for how long the latest fencing token is kept after it was given.
@@ -78,11 +79,11 @@ var (
 	//go:embed lua/look.lua
 	lookLua string
 
-	acquireScript = redis.NewScript(handoverLua + acquireLua)
-	releaseScript = redis.NewScript(handoverLua + releaseLua)
-	extendScript  = redis.NewScript(extendLua)
-	inspectScript = redis.NewScript(inspectLua)
-	lookScript    = redis.NewScript(lookLua)
+	acquireScript = newScript(acquireLua)
+	releaseScript = newScript(releaseLua)
+	extendScript  = newScript(extendLua)
+	inspectScript = newScript(inspectLua)
+	lookScript    = newScript(lookLua)
 )
 
 var (
@@ -144,23 +145,32 @@ const deaf = "-"
 
 func inboxChannel(inbox string) string { return "dmutex-inbox:" + inbox }
 
-// newTicket returns a ticket whose hand-over is told to inbox, and which says whose it
-// is.
-func newTicket(inbox, owner string) string {
-	ticket := inbox + "." + randomHex(16)
-	if owner != "" {
-		ticket += "." + url.QueryEscape(owner)
+// appendTicket appends a new ticket to b. Its hand-over is told to inbox, or to nobody
+// if that is ""; and it says whose it is.
+func appendTicket(b []byte, inbox, owner string) []byte {
+	var random [inboxSize + 16]byte
+	_, _ = rand.Read(random[:]) // never fails
+	if inbox != "" {
+		b = append(b, inbox...)
+	} else {
+		b = hex.AppendEncode(b, random[:inboxSize])
 	}
-	return ticket
+	b = append(b, '.')
+	b = hex.AppendEncode(b, random[inboxSize:])
+	if owner != "" {
+		b = append(b, '.')
+		b = append(b, url.QueryEscape(owner)...)
+	}
+	return b
 }
 
-func newInbox() string { return randomHex(8) }
-
-func randomHex(n int) string {
-	b := make([]byte, n)
-	_, _ = rand.Read(b) // never fails
-	return hex.EncodeToString(b)
+func newInbox() string {
+	var random [inboxSize]byte
+	_, _ = rand.Read(random[:])
+	return hex.EncodeToString(random[:])
 }
+
+const inboxSize = 8 // bytes
 
 // isTicket tells our holders, who hand over, from plain redsync's and the
 // original package's, whose values are base64.
@@ -179,14 +189,35 @@ func isHex(s string) bool {
 	return s != "" && strings.Trim(s, "0123456789abcdef") == ""
 }
 
+// script is a Lua script, and what go-redis's own type does not offer: a request for it
+// that is made in one piece. It holds both values as go-redis takes them.
+type script struct{ source, hash any }
+
+// newScript returns a script, with handover.lua where it names that, and with the times
+// that all of them know in front.
+func newScript(source string) script {
+	times := fmt.Sprintf("local tombstone_ttl, queue_ttl, fence_ttl = %d, %d, %d\n",
+		tombstoneTTL.Milliseconds(), queueTTL.Milliseconds(), fenceTTL.Milliseconds())
+	source = times + strings.Replace(source, "--> handover.lua\n", handoverLua, 1)
+	return script{source, redis.NewScript(source).Hash()}
+}
+
+// request returns the script's request with so many keys, which come first.
+func (s script) request(keys int, keysAndArgs ...any) []any {
+	request := make([]any, 0, 3+len(keysAndArgs))
+	return append(append(request, "evalsha", s.hash, keys), keysAndArgs...)
+}
+
 // node is the little that a lock asks of a Redis client.
 type node interface {
-	// run runs a script on the master that owns the lock's key.
-	run(ctx context.Context, script *redis.Script, keys []string, args ...any) (any, error)
+	// run sends the request of a script to the master that owns the lock's key.
+	run(ctx context.Context, script script, request []any) (any, error)
 	// home returns that master, as far as the client knows.
 	home(ctx context.Context) (server, error)
-	// pool is for redsync.
-	pool() redsyncredis.Pool
+	// adapter is redsync's own.
+	adapter() redsyncredis.Pool
+	// shared is equal for all copies of one client, and comparable.
+	shared() any
 }
 
 // server is a node on which messages are published.
@@ -234,13 +265,24 @@ func nodeOf(client redis.UniversalClient, key string) (n node, err error) {
 	return single{client}, nil
 }
 
-func (s single) run(ctx context.Context, script *redis.Script, keys []string, args ...any) (any, error) {
-	return await(ctx, func() (any, error) { return script.Run(ctx, s.client, keys, args...).Result() })
+func (s single) run(ctx context.Context, script script, request []any) (any, error) {
+	cmd := redis.NewCmd(ctx, request...)
+	err := flights.process(ctx, s.client, cmd)
+	if err != nil && isAnswer(err) && hasCode(err, []string{"NOSCRIPT "}) {
+		request = slices.Clone(request) // go-redis and its hooks may look at the first
+		request[0], request[1] = "eval", script.source
+		cmd = redis.NewCmd(ctx, request...)
+		err = flights.process(ctx, s.client, cmd)
+	}
+	if err != nil {
+		return nil, err // the request may still be under way
+	}
+	return cmd.Val(), nil
 }
 
 func (s single) home(context.Context) (server, error) { return s, nil }
 
-func (s single) pool() redsyncredis.Pool { return goredis.NewPool(s.client) }
+func (s single) adapter() redsyncredis.Pool { return goredis.NewPool(s.client) }
 
 func (s single) subscribe(ctx context.Context) *redis.PubSub { return s.client.Subscribe(ctx) }
 
@@ -268,22 +310,37 @@ type clusterClient interface {
 }
 
 func (c cluster) master(ctx context.Context) (single, error) {
-	master, err := await(ctx, func() (*redis.Client, error) { return c.client.MasterForKey(ctx, c.key) })
-	return single{master}, err
+	var master *redis.Client
+	err := await(ctx, func() (err error) {
+		master, err = c.client.MasterForKey(ctx, c.key)
+		return err
+	})
+	if err != nil {
+		return single{}, err // it may still be under way
+	}
+	return single{master}, nil
 }
 
 func (c cluster) home(ctx context.Context) (server, error) { return c.master(ctx) }
 
-func (c cluster) pool() redsyncredis.Pool { return goredis.NewPool(c.client) }
+func (c cluster) adapter() redsyncredis.Pool { return goredis.NewPool(c.client) }
+
+func (c cluster) shared() any { return c.client.Options() }
 
 // run asks again for a while if the master is another one by now, does not answer,
 // or cannot answer yet.
-func (c cluster) run(ctx context.Context, script *redis.Script, keys []string, args ...any) (any, error) {
+func (c cluster) run(ctx context.Context, script script, request []any) (any, error) {
+	if deadline, ok := ctx.Deadline(); ok && ctx.Done() == nil {
+		// To find the master can take long, and no connection's deadline bounds that.
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, deadline)
+		defer cancel()
+	}
 	for start := time.Now(); ; {
 		master, err := c.master(ctx)
 		if err == nil {
 			var reply any
-			if reply, err = master.run(ctx, script, keys, args...); err == nil {
+			if reply, err = master.run(ctx, script, request); err == nil {
 				return reply, nil
 			}
 		}
@@ -299,25 +356,17 @@ func (c cluster) run(ctx context.Context, script *redis.Script, keys []string, a
 
 // await returns what f does, but as soon as ctx ends. go-redis does not always: some
 // dials and locks on its way take no notice of ctx.
-func await[T any](ctx context.Context, f func() (T, error)) (T, error) {
+func await(ctx context.Context, f func() error) error {
 	if ctx.Done() == nil {
 		return f()
 	}
-	type result struct {
-		value T
-		err   error
-	}
-	done := make(chan result, 1)
-	go func() {
-		value, err := f()
-		done <- result{value, err}
-	}()
+	done := make(chan error, 1)
+	go func() { done <- f() }()
 	select {
-	case r := <-done:
-		return r.value, r.err
+	case err := <-done:
+		return err
 	case <-ctx.Done():
-		var none T
-		return none, ctx.Err()
+		return ctx.Err()
 	}
 }
 
@@ -329,7 +378,7 @@ type sight struct {
 	ttl    time.Duration // remaining, if taken; negative: no expiry
 	rank   int           // in the queue, 0 is next; -1: not in it
 	fate   string        // of the ticket asked about: "released", "ended", "unclaimed" or unknown
-	token  int64         // of acquire, if it is held: the fencing token; 0 if none was asked for
+	token  int64         // of acquire, if it is held: its fencing token; 0 if none was asked for
 }
 
 // look sees who holds the lock and, if ticket is one, how that ended.
@@ -337,7 +386,7 @@ func look(ctx context.Context, n node, names names, ticket string) (sight, error
 	if !isTicket(ticket) {
 		ticket = "" // has no tombstone
 	}
-	reply, err := n.run(ctx, lookScript, []string{names.lock, names.queue, names.tombstone(ticket)}, ticket)
+	reply, err := n.run(ctx, lookScript, lookScript.request(3, names.lock, names.queue, names.tombstone(ticket), ticket))
 	if err != nil {
 		return sight{}, given(ctx, err)
 	}
@@ -371,7 +420,7 @@ type Info struct {
 
 // inspect sees all that there is to know of a lock.
 func inspect(ctx context.Context, n node, names names) (Info, error) {
-	reply, err := n.run(ctx, inspectScript, []string{names.lock, names.queue, names.fence})
+	reply, err := n.run(ctx, inspectScript, inspectScript.request(3, names.lock, names.queue, names.fence))
 	if err != nil {
 		return Info{}, given(ctx, err)
 	}
@@ -402,29 +451,18 @@ func inspect(ctx context.Context, n node, names names) (Info, error) {
 	return info, nil
 }
 
-// claim is one ticket on its way to the lock, through redsync. Not for use by two
-// goroutines at once, like the redsync.Mutex in it, but for abandon and extend.
-type claim struct {
-	ticket string
-	ttl    time.Duration
-	mutex  *redsync.Mutex
-	port   *port
+// claimant is what all claims of one mutex have in common: which lock they are for, and
+// what is made once for all of them. It does not change after New.
+type claimant struct {
+	node      node
+	names     names
+	ttl       time.Duration
+	grace     time.Duration // for which the lock is kept for whoever is handed it
+	signature signature
 
-	releasing time.Time              // when release was called first
-	ended     atomic.Pointer[string] // what abandon was told of the ticket
-}
-
-func newClaim(n node, names names, ttl time.Duration, inbox string, signed signature) *claim {
-	p := &port{
-		Pool:    n.pool(),
-		node:    n,
-		names:   names,
-		ticket:  newTicket(inbox, signed.owner),
-		grace:   min(ttl, maxGrace),
-		fencing: signed.fencing || signed.owner != "", // whose token tells since when
-	}
-	value := redsync.WithGenValueFunc(func() (string, error) { return p.ticket, nil })
-	return &claim{ticket: p.ticket, ttl: ttl, port: p, mutex: p.mutex(ttl, value)}
+	adapter redsyncredis.Conn // redsync's own
+	options []redsync.Option
+	fixed   struct{ lock, queue, fence, ttl, grace any } // arguments, as go-redis takes them
 }
 
 // signature is what a claim says of itself besides its ticket.
@@ -433,14 +471,67 @@ type signature struct {
 	owner   string // whose it is, for people; "" if that is not said
 }
 
+// minted tells whether a hold comes with a token, which also tells since when it is.
+func (s signature) minted() bool { return s.fencing || s.owner != "" }
+
+func newClaimant(n node, names names, ttl time.Duration) claimant {
+	adapter, _ := n.adapter().Get(context.Background()) // never fails
+	ct := claimant{
+		node:    n,
+		names:   names,
+		ttl:     ttl,
+		grace:   min(ttl, maxGrace),
+		adapter: adapter,
+		options: []redsync.Option{
+			redsync.WithExpiry(ttl),
+			redsync.WithGenValueFunc(noValue),
+		},
+	}
+	ct.fixed.lock, ct.fixed.queue, ct.fixed.fence = names.lock, names.queue, names.fence
+	ct.fixed.ttl, ct.fixed.grace = ttl.Milliseconds(), ct.grace.Milliseconds()
+	return ct
+}
+
+// answerTime is for how long the answer to a request for the lock is waited for.
+func answerTime(ttl time.Duration) time.Duration { return min(max(ttl, minAnswerTime), maxAnswerTime) }
+
+// noValue is redsync's value for a lock, as the ticket has been sent.
+func noValue() (string, error) { return "", nil }
+
+// claim is one ticket on its way to the lock. Not for use by two goroutines at once, but
+// for abandon and extend.
+type claim struct {
+	*claimant
+	ticket string
+	own    struct{ ticket, tombstone any } // arguments, as go-redis takes them
+
+	port  port           // tells redsync what Redis has answered to try and release
+	mutex *redsync.Mutex // works on port
+
+	since string    // place in the queue to ask for, see acquire.lua
+	seen  sight     // by the latest try; zero if it was not answered
+	end   time.Time // of the hold on our own clock, if it is not extended; zero if there is none
+
+	releasing time.Time             // when release was called first
+	ended     atomic.Pointer[int64] // what abandon was told of the ticket
+}
+
+// claim returns a claim with a new ticket, whose hand-over is told to inbox; "" is one
+// that nobody hears.
+func (ct *claimant) claim(inbox string) *claim {
+	name := make([]byte, 0, 256)
+	name = appendTicket(append(name, ct.names.ended...), inbox, ct.signature.owner)
+	tombstone := string(name)
+	c := &claim{claimant: ct, ticket: tombstone[len(ct.names.ended):]}
+	c.own.ticket, c.own.tombstone = c.ticket, tombstone
+	c.port = port{Conn: ct.adapter, claim: c}
+	c.mutex = ct.mutex(&c.port)
+	return c
+}
+
 // inLine makes the following tries ask for a place in the queue; since is the one
 // of an earlier ticket, if it had one. The ticket's inbox must be listened to.
-func (c *claim) inLine(since string) {
-	if since == "" {
-		since = "0"
-	}
-	c.port.since = since
-}
+func (c *claim) inLine(since string) { c.since = cmp.Or(since, "0") }
 
 // inbox is where a hand-over to the ticket is told.
 func (c *claim) inbox() string {
@@ -448,40 +539,62 @@ func (c *claim) inbox() string {
 	return inbox
 }
 
-// grace is for how long the lock is kept for the ticket when it is handed over.
-func (c *claim) grace() time.Duration { return c.port.grace }
-
 // place is where the ticket stands in the queue, to be taken over by another.
-func (c *claim) place() string { return c.port.since }
+func (c *claim) place() string { return c.since }
 
 // try asks for the lock once. The error is errTooLate if it was granted but is no
 // longer valid; after any error the ticket's fate is unknown: end it.
 func (c *claim) try(ctx context.Context) (sight, error) {
-	c.port.seen = sight{}
-	err := c.mutex.TryLockContext(ctx)
-	seen := c.port.seen
-	switch {
-	case err == nil, seen.status == "taken", seen.status == "ended":
-		return seen, nil
-	case seen.status == "held":
-		return seen, errTooLate
-	default:
-		return seen, given(ctx, err)
+	bounded, cancel := bound(ctx, answerTime(c.ttl))
+	defer cancel()
+	sent := time.Now()
+	var err error
+	c.seen, err = c.runAcquire(bounded)
+	if err == nil && c.seen.status != "held" {
+		return c.seen, nil
 	}
+	return c.seen, given(ctx, c.judge(sent, err))
+}
+
+// accept is try for a claim that was given the lock by a release in this process.
+func (c *claim) accept(ctx context.Context, g *grant) (sight, error) {
+	c.seen = sight{status: "held", token: g.token}
+	if err := ctxErr(ctx); err != nil {
+		return c.seen, err
+	}
+	return c.seen, c.judge(g.sent, nil)
+}
+
+// judge has redsync judge the answer to a request for the lock: that it was granted, or
+// an error. redsync counts the hold's validity from when it is told; here it counts from
+// when the request was sent.
+func (c *claim) judge(sent time.Time, err error) error {
+	c.port.held, c.port.err = err == nil, err
+	failed := c.mutex.TryLockContext(answered)
+	if err != nil {
+		return failed
+	}
+	now := time.Now()
+	end := c.mutex.Until().Add(-now.Sub(sent))
+	if failed != nil || !now.Before(end) {
+		return errTooLate
+	}
+	c.end = end
+	return nil
 }
 
 // token is the fencing token that the claim was granted with, 0 if none was asked for.
-func (c *claim) token() int64 { return c.port.seen.token }
+func (c *claim) token() int64 { return c.seen.token }
 
 // until is when the hold that was granted ends on our own clock, if it is not
 // extended.
-func (c *claim) until() time.Time { return c.mutex.Until() }
+func (c *claim) until() time.Time { return c.end }
 
 // extend lets the hold last for the ttl from now on, and returns when it ends then.
 // The error matches ErrLockLost if it was lost before.
 func (c *claim) extend(ctx context.Context) (until time.Time, err error) {
 	// A mutex of its own: redsync's are not safe for concurrent use.
-	m := c.port.mutex(c.ttl, redsync.WithValue(c.ticket))
+	m := c.claimant.mutex(&port{Conn: c.adapter, claim: c})
 	_, err = m.ExtendContext(ctx)
 	var taken *redsync.ErrTaken
 	switch {
@@ -496,21 +609,39 @@ func (c *claim) extend(ctx context.Context) (until time.Time, err error) {
 	}
 }
 
-// release gives the lock back. The error matches ErrLockLost if it was lost
-// before. It takes no notice of the end of ctx, and is bounded by cleanUpTime. A
-// fault that passes is not told: after a restart all of a client's pooled
-// connections may be dead, and go-redis tries no more than four.
-func (c *claim) release(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTime)
-	defer cancel()
+// heir is a waiter of this process that gets the lock from a release if it is the first
+// in the queue, for its whole ttl: the reply tells of it, so no message has to.
+type heir struct {
+	ticket string
+	ttl    time.Duration
+	minted bool // it comes with a token
+
+	// What is known after the release.
+	grant   *grant // nil if it was not given the lock
+	unknown bool   // whether it was: the answer was lost
+}
+
+// grant is a lock that was given away by a release.
+type grant struct {
+	sent  time.Time // before the release was
+	token int64     // 0 if none was asked for
+}
+
+// releaseTo gives the lock back, to the heir if there is one and it is next. The error
+// matches ErrLockLost if the lock was lost before. It takes no notice of the end of ctx,
+// and is bounded by cleanUpTime. A fault that passes is not told: after a restart all of
+// a client's pooled connections may be dead, and go-redis tries no more than four.
+func (c *claim) releaseTo(ctx context.Context, to *heir) error {
 	if c.releasing.IsZero() {
 		c.releasing = time.Now()
 	}
-	if ended := c.ended.Load(); ended != nil && *ended == "released" {
+	if ended := c.ended.Load(); ended != nil && *ended >= fateReleased {
 		return nil
 	}
+	ctx, cancel := bound(detached(ctx), cleanUpTime)
+	defer cancel()
 	for start := time.Now(); ; {
-		err := c.releaseOnce(ctx)
+		err := c.releaseOnce(ctx, to)
 		if errors.Is(err, ErrLockLost) && time.Since(c.releasing) > tombstoneTTL-time.Second {
 			return errForgotten // an earlier request may have released it
 		}
@@ -523,12 +654,12 @@ func (c *claim) release(ctx context.Context) error {
 	}
 }
 
-func (c *claim) releaseOnce(ctx context.Context) error {
-	c.port.ending = true
-	released, err := c.mutex.UnlockContext(ctx)
+func (c *claim) releaseOnce(ctx context.Context, to *heir) error {
+	c.port.fate, c.port.err = c.runRelease(ctx, to)
+	_, err := c.mutex.UnlockContext(answered)
 	var taken *redsync.ErrTaken
 	switch {
-	case released:
+	case err == nil:
 		return nil
 	case errors.Is(err, redsync.ErrLockAlreadyExpired), errors.As(err, &taken),
 		hasCode(err, []string{"WRONGTYPE "}): // the key has become something else
@@ -543,14 +674,13 @@ func (c *claim) releaseOnce(ctx context.Context) error {
 // request is still under way, it will come too late. It returns at once; the
 // requests go on until one is answered, for cleanUpTime at most, whatever ctx.
 func (c *claim) abandon(ctx context.Context) {
-	port := c.port
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTime)
+	ctx, cancel := context.WithTimeout(detached(ctx), cleanUpTime)
 	go func() {
 		defer cancel()
 		for pause := firstPause; ; pause *= 2 {
-			status, err := port.release(ctx)
+			fate, err := c.runRelease(ctx, nil)
 			if err == nil {
-				c.ended.Store(&status)
+				c.ended.Store(&fate)
 			}
 			if err == nil || errors.Is(err, redis.ErrClosed) || sleep(ctx, jitter(pause/2, pause)) != nil {
 				return
@@ -559,117 +689,171 @@ func (c *claim) abandon(ctx context.Context) {
 	}()
 }
 
-// port is the pool that one claim's redsync.Mutex works on, and the way past its
-// bool results: redsync's own adapter, but for the two requests that differ.
-type port struct {
-	redsyncredis.Pool
-	node   node
-	names  names
-	ticket string
-	grace  time.Duration
-
-	fencing bool // a token is asked for
-
-	since  string // place in the queue to ask for, see acquire.lua
-	seen   sight  // by the latest acquire; zero if it was not answered
-	ending bool   // redsync's delete is meant, see portConn.Eval
-}
-
-// mutex returns a redsync.Mutex that works on p.
-func (p *port) mutex(ttl time.Duration, value redsync.Option) *redsync.Mutex {
-	return redsync.New(p).NewMutex(p.names.lock,
-		redsync.WithExpiry(ttl),
-		redsync.WithTimeoutFactor(float64(min(max(ttl, minAnswerTime), maxAnswerTime))/float64(ttl)),
-		value,
-	)
-}
-
-func (p *port) Get(ctx context.Context) (redsyncredis.Conn, error) {
-	conn, err := p.Pool.Get(ctx)
-	return &portConn{conn, ctx, p}, err
-}
-
-type portConn struct {
-	redsyncredis.Conn
-	ctx  context.Context // of the one request that redsync makes on it
-	port *port
-}
-
-var _ redsyncredis.Conn = (*portConn)(nil)
-
-// SetNX is redsync's acquire.
-func (c *portConn) SetNX(_, _ string, ttl time.Duration) (bool, error) {
-	return c.port.acquire(c.ctx, ttl)
-}
-
-// Eval is redsync's delete or, with a third argument, its touch. It also deletes
-// after every try that failed: that must not end a ticket which waits, so only
-// the delete of a release is let through.
-func (c *portConn) Eval(_ *redsyncredis.Script, keysAndArgs ...any) (any, error) {
-	if isDelete := len(keysAndArgs) == 2; !isDelete {
-		return c.port.node.run(c.ctx, extendScript, []string{c.port.names.lock}, keysAndArgs[1:]...)
+// request is that of a script on the keys of the claim, and on that of tokens if one is
+// to be minted.
+func (c *claim) request(s script, minted bool, args ...any) []any {
+	request := append(make([]any, 0, 16), "evalsha", s.hash, 3, c.fixed.lock, c.fixed.queue, c.own.tombstone)
+	if minted {
+		request = append(request, c.fixed.fence)
+		request[2] = 4
 	}
-	if !c.port.ending {
-		return int64(0), nil
-	}
-	status, err := c.port.release(c.ctx)
-	switch {
-	case err != nil:
-		return nil, err
-	case status == "released":
-		return int64(1), nil
-	case status == "gone":
-		return int64(-1), nil
-	default:
-		return int64(0), nil
-	}
+	return append(request, args...)
 }
 
-func (p *port) keys() []string {
-	return []string{p.names.lock, p.names.queue, p.names.tombstone(p.ticket)}
-}
-
-func (p *port) acquire(ctx context.Context, ttl time.Duration) (bool, error) {
-	keys := p.keys()
-	if p.fencing {
-		keys = append(keys, p.names.fence)
+// runAcquire runs the acquire script.
+func (c *claim) runAcquire(ctx context.Context) (sight, error) {
+	request := c.request(acquireScript, c.signature.minted(), c.own.ticket, c.fixed.ttl, c.fixed.grace)
+	if c.since != "" {
+		request = append(request, c.since)
 	}
-	reply, err := p.node.run(ctx, acquireScript, keys, p.ticket, ttl.Milliseconds(),
-		p.grace.Milliseconds(), p.since, queueTTL.Milliseconds(), fenceTTL.Milliseconds())
+	reply, err := c.node.run(ctx, acquireScript, request)
 	if err != nil {
-		return false, err
-	}
-	fields, _ := reply.([]any)
-	if len(fields) == 0 {
-		return false, fmt.Errorf("unexpected reply %v", reply)
+		return sight{}, err
 	}
 	seen := sight{rank: -1}
-	seen.status, _ = fields[0].(string)
-	if seen.status == "held" && len(fields) == 2 {
-		token, _ := fields[1].(string)
-		seen.token, _ = strconv.ParseInt(token, 10, 64) // 0 if there is none
-	}
-	if seen.status == "taken" && len(fields) == 5 {
-		seen.holder, _ = fields[1].(string)
-		ttl, _ := fields[2].(int64)
+	switch fields, _ := reply.([]any); {
+	case reply == int64(1):
+		seen.status = "held"
+	case reply == int64(0):
+		seen.status = "ended"
+	case len(fields) == 1:
+		seen.status, seen.token = "held", tokenIn(fields[0])
+	case len(fields) == 4:
+		seen.status = "taken"
+		seen.holder, _ = fields[0].(string)
+		ttl, _ := fields[1].(int64)
 		seen.ttl = time.Duration(ttl) * time.Millisecond
-		rank, _ := fields[3].(int64)
+		rank, _ := fields[2].(int64)
 		seen.rank = int(rank)
-		p.since, _ = fields[4].(string)
+		c.since, _ = fields[3].(string)
+	default:
+		return sight{}, fmt.Errorf("unexpected reply %v", reply)
 	}
-	p.seen = seen
-	return seen.status == "held", nil
+	return seen, nil
 }
 
-func (p *port) release(ctx context.Context) (status string, err error) {
-	reply, err := p.node.run(ctx, releaseScript, p.keys(),
-		p.ticket, p.names.channel, p.grace.Milliseconds(), tombstoneTTL.Milliseconds())
-	if err != nil {
-		return "", err
+// The fate of a ticket, in the numbers of redsync's own scripts.
+const (
+	fateGone     int64 = -1 // it did not hold the lock, and nobody does
+	fateTaken    int64 = 0  // it did not hold the lock, and somebody does
+	fateReleased int64 = 1  // it held the lock
+)
+
+// runRelease runs the release script, and notes in to what became of the heir.
+func (c *claim) runRelease(ctx context.Context, to *heir) (fate int64, err error) {
+	request := c.request(releaseScript, to != nil && to.minted, c.own.ticket, c.fixed.grace)
+	if to != nil {
+		untold := ""
+		if to.ttl < longestWait {
+			untold = "untold"
+		}
+		request = append(request, to.ticket, to.ttl.Milliseconds(), untold)
+	} else {
+		to = &heir{}
 	}
-	status, _ = reply.(string)
-	return status, nil
+	to.unknown = true // until that is answered
+	sent := time.Now()
+	reply, err := c.node.run(ctx, releaseScript, request)
+	if err != nil {
+		return 0, err
+	}
+	fate, _ = reply.(int64)
+	fields, _ := reply.([]any)
+	switch {
+	case len(fields) == 1:
+		to.grant = &grant{sent, tokenIn(fields[0])}
+	case fate == 3:
+		to.grant = &grant{sent: sent}
+	case fate == 2:
+		return fateReleased, nil // by an earlier copy of the request; what that did is not known
+	default:
+		to.unknown = false
+		return fate, nil
+	}
+	to.unknown = false
+	return fateReleased, nil
 }
+
+// tokenIn is the fencing token in a reply, 0 if there is none.
+func tokenIn(reply any) int64 {
+	text, _ := reply.(string)
+	token, _ := strconv.ParseInt(text, 10, 64)
+	return token
+}
+
+// port is the connection that redsync is given for a claim: its own adapter, but for what
+// differs. To take the lock and to release it, the request has been made before, and
+// redsync is told the answer and judges it. It would make it on a goroutine that it
+// starts, whose stack has to grow for that each time: a fifth of the client's work.
+type port struct {
+	redsyncredis.Conn
+	claim *claim
+	ctx   context.Context // of redsync's request
+
+	held bool  // the answer to a try
+	fate int64 // the answer to a release
+	err  error // what came instead of either
+}
+
+// pool is a port as the pool that it comes from.
+type pool port
+
+var (
+	_ redsyncredis.Conn = (*port)(nil)
+	_ redsyncredis.Pool = (*pool)(nil)
+)
+
+// answered is the ctx of what takes no time. It has a deadline for redsync to need no
+// timer.
+var answered context.Context = unwatched{context.Background(), time.Time{}}
+
+// mutex returns a redsync.Mutex that works on p.
+func (ct *claimant) mutex(p *port) *redsync.Mutex {
+	return redsync.New((*pool)(p)).NewMutex(ct.names.lock, ct.options...)
+}
+
+func (p *pool) Get(ctx context.Context) (redsyncredis.Conn, error) {
+	p.ctx = ctx
+	return (*port)(p), nil
+}
+
+// SetNX is redsync's acquire.
+func (p *port) SetNX(string, string, time.Duration) (bool, error) { return p.held, p.err }
+
+// Eval is redsync's delete, also after each try that failed, or, with a third argument,
+// its touch.
+func (p *port) Eval(_ *redsyncredis.Script, keysAndArgs ...any) (any, error) {
+	if isDelete := len(keysAndArgs) == 2; isDelete {
+		return p.fate, p.err
+	}
+	c := p.claim
+	return c.node.run(p.ctx, extendScript, extendScript.request(1, c.fixed.lock, c.own.ticket, c.fixed.ttl))
+}
+
+// detached returns ctx without its end.
+func detached(ctx context.Context) context.Context {
+	if ctx.Done() == nil {
+		return ctx
+	}
+	return context.WithoutCancel(ctx)
+}
+
+// bound returns ctx with a time limit. If ctx has no end of its own only a connection's
+// deadline sees to it: to watch a Done takes a goroutine or two for each request.
+func bound(ctx context.Context, limit time.Duration) (context.Context, context.CancelFunc) {
+	if ctx.Done() != nil {
+		return context.WithTimeout(ctx, limit)
+	}
+	return unwatched{ctx, time.Now().Add(limit)}, func() {}
+}
+
+// unwatched is a ctx that has a deadline but does not end with it.
+type unwatched struct {
+	context.Context
+	deadline time.Time
+}
+
+func (u unwatched) Deadline() (time.Time, bool) { return u.deadline, true }
 
 // given returns the error of a request as the caller should see it: the end of
 // its own ctx if that is what it was, and never the end of one that it did not

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -49,11 +51,18 @@ var (
 
 // subscribers has one subscriber for each client that somebody waits on, and
 // nothing else. It is the only state of the package, but for warned.
-var subscribers = registry{byClient: map[any]*subscriber{}}
+var subscribers = registry{byClient: map[any]*subscriber{}, lines: map[lineID][]*listener{}}
 
 type registry struct {
-	mu       sync.Mutex // guards byClient and what each subscriber says it guards
+	mu       sync.Mutex // guards the fields below and what each subscriber says it guards
 	byClient map[any]*subscriber
+	lines    map[lineID][]*listener // who waits for one lock, first come first; no line is empty
+}
+
+// lineID names a lock: its key, and what is shared by the copies of a client.
+type lineID struct {
+	client any
+	key    string
 }
 
 // warned is done when it was said that waiting goes by polling.
@@ -90,11 +99,20 @@ type subscriber struct {
 
 // listener is one who waits. Its methods may be called by one goroutine at a time.
 type listener struct {
-	heard chan string // capacity 1; the latest hint
+	heard chan news // capacity 1; the latest
 	sub   *subscriber
 
 	ticket  string // "" if it waits for none
 	channel string // "" if it listens to none
+	line    lineID // zero if it stands in none
+	place   int64  // in the queue, which decides that in the line
+	claim   *claim // that of ticket, if it stands in a line
+}
+
+// news is what a listener is told.
+type news struct {
+	hint  string // a message, "" if it is only to look
+	grant *grant // the lock, if it was given that
 }
 
 // join adds a listener on a server, which hears nothing yet.
@@ -114,7 +132,14 @@ func (r *registry) join(home server) *listener {
 		go s.run()
 	}
 	s.listeners++
-	return &listener{heard: make(chan string, 1), sub: s}
+	return &listener{heard: make(chan news, 1), sub: s}
+}
+
+// idle tells whether nobody has waited for a while, on any server.
+func (r *registry) idle() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.byClient) == 0
 }
 
 // live tells whether hand-overs on a server are heard, so that a ticket for its
@@ -131,8 +156,61 @@ func (l *listener) expect(ticket string) {
 	subscribers.mu.Lock()
 	defer subscribers.mu.Unlock()
 	delete(l.sub.tickets, l.ticket)
+	l.leaveLineLocked()
 	l.ticket = ticket
 	l.sub.tickets[ticket] = l
+}
+
+// standIn puts the listener, which waits for the hand-over to c, in a line at the place
+// that c has in the queue.
+func (l *listener) standIn(line lineID, c *claim) {
+	subscribers.mu.Lock()
+	defer subscribers.mu.Unlock()
+	place, err := strconv.ParseInt(c.place(), 10, 64)
+	if err != nil || l.claim == c {
+		return
+	}
+	l.line, l.place, l.claim = line, place, c
+	others := subscribers.lines[line]
+	i, _ := slices.BinarySearchFunc(others, l, func(a, b *listener) int {
+		return cmp.Or(cmp.Compare(a.place, b.place), cmp.Compare(a.ticket, b.ticket)) // as Redis sorts
+	})
+	subscribers.lines[line] = slices.Insert(others, i, l)
+}
+
+// leaveLineLocked takes the listener out of its line, if it stands in one.
+func (l *listener) leaveLineLocked() {
+	if l.claim == nil {
+		return
+	}
+	others := subscribers.lines[l.line]
+	if i := slices.Index(others, l); len(others) == 1 {
+		delete(subscribers.lines, l.line)
+	} else {
+		subscribers.lines[l.line] = slices.Delete(others, i, i+1)
+	}
+	l.claim = nil
+}
+
+// heir returns the first in a line, and what a release needs to know of it; nil if
+// nobody stands there.
+func (r *registry) heir(line lineID) (*listener, *heir) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.lines) == 0 || len(r.lines[line]) == 0 {
+		return nil, nil
+	}
+	l := r.lines[line][0]
+	return l, &heir{ticket: l.ticket, ttl: l.claim.ttl, minted: l.claim.signature.minted()}
+}
+
+// inherit tells the listener what a release made of it, if it still waits for that.
+func (l *listener) inherit(h *heir) {
+	subscribers.mu.Lock()
+	defer subscribers.mu.Unlock()
+	if l.sub.tickets[h.ticket] == l && (h.grant != nil || h.unknown) {
+		l.tellLocked(news{grant: h.grant})
+	}
 }
 
 // on tells whether the listener is on a server.
@@ -191,6 +269,7 @@ func (l *listener) leave() {
 	defer subscribers.mu.Unlock()
 	s := l.sub
 	delete(s.tickets, l.ticket)
+	l.leaveLineLocked()
 	if set := s.channels[l.channel]; set != nil {
 		delete(set, l)
 		if len(set) == 0 {
@@ -203,14 +282,14 @@ func (l *listener) leave() {
 	}
 }
 
-// tellLocked delivers a hint in place of one that was not taken yet. Nobody else
-// sends, so there is room.
-func (l *listener) tellLocked(hint string) {
+// tellLocked delivers news in place of some that were not taken yet: whoever looks at
+// Redis finds out what they said. Nobody else sends, so there is room.
+func (l *listener) tellLocked(n news) {
 	select {
 	case <-l.heard:
 	default:
 	}
-	l.heard <- hint
+	l.heard <- n
 }
 
 func (s *subscriber) noteChange() {
@@ -371,13 +450,13 @@ func (s *subscriber) dispatch(channel, payload string) {
 	if channel == inboxChannel(s.inbox) {
 		ticket, hint, _ := strings.Cut(payload, " ")
 		if l := s.tickets[ticket]; l != nil {
-			l.tellLocked(cmp.Or(hint, ticket))
+			l.tellLocked(news{hint: cmp.Or(hint, ticket)})
 		} else if !isTicket(ticket) {
 			s.tellTicketsLocked()
 		}
 	}
 	for l := range s.channels[channel] {
-		l.tellLocked(payload)
+		l.tellLocked(news{hint: payload})
 	}
 }
 
@@ -396,13 +475,13 @@ func (s *subscriber) confirm(channel string) {
 		s.tellTicketsLocked()
 	}
 	for l := range s.channels[channel] {
-		l.tellLocked("")
+		l.tellLocked(news{})
 	}
 }
 
 func (s *subscriber) tellTicketsLocked() {
 	for _, l := range s.tickets {
-		l.tellLocked("")
+		l.tellLocked(news{})
 	}
 }
 
@@ -500,7 +579,7 @@ func (s *subscriber) abandon() {
 	s.tellTicketsLocked()
 	for _, set := range s.channels {
 		for l := range set {
-			l.tellLocked("")
+			l.tellLocked(news{})
 		}
 	}
 }

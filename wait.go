@@ -36,30 +36,54 @@ const (
 // holder's ttl, or enough time gone by. It returns when ctx ends, at the first
 // try also when Redis does not answer, and later when asking is of no more use.
 func (m *Mutex) acquire(ctx context.Context) (*claim, error) {
-	home, err := m.node.home(ctx)
-	if err != nil {
-		return nil, given(ctx, err)
-	}
 	var w waiter
 	defer w.leave()
+	var home server // where hand-overs are told; nil until that matters
+	locate := func() (err error) {
+		if home == nil {
+			home, err = m.node.home(ctx)
+		}
+		return err
+	}
 	getInLine := func(place string) *claim {
 		w.join(home)
-		c := newClaim(m.node, m.names, m.ttl, w.ear.inbox(), m.signature)
+		c := m.claim(w.ear.inbox())
 		c.inLine(place)
 		w.ear.expect(c.ticket)
 		return c
 	}
 
+	if !subscribers.idle() {
+		if err := locate(); err != nil {
+			return nil, given(ctx, err)
+		}
+	}
 	var c *claim
-	if subscribers.live(home) {
+	if home != nil && subscribers.live(home) {
 		c = getInLine("") // a place in the queue in the first round trip
 	} else {
-		c = newClaim(m.node, m.names, m.ttl, newInbox(), m.signature)
+		c = m.claim("")
 	}
 	late := false // there was a grant that came too late
 	for first := true; ; first = false {
 		sent := time.Now()
-		seen, err := c.try(ctx)
+		var seen sight
+		var err error
+		if w.grant != nil {
+			seen, err = c.accept(ctx, w.grant)
+			w.grant = nil
+		} else {
+			seen, err = c.try(ctx)
+		}
+		if err == nil && seen.status == "held" {
+			return c, nil
+		}
+		if err == nil || errors.Is(err, errTooLate) {
+			if err := locate(); err != nil {
+				c.abandon(ctx)
+				return nil, given(ctx, err)
+			}
+		}
 		switch {
 		case errors.Is(err, errTooLate), seen.status == "ended":
 			// This ticket cannot hold the lock any more; another keeps its place.
@@ -74,8 +98,6 @@ func (m *Mutex) acquire(ctx context.Context) (*claim, error) {
 			return nil, given(ctx, err)
 		case err != nil:
 			err = w.sleep(ctx, retryPause())
-		case seen.status == "held":
-			return c, nil
 		case seen.ttl < 0:
 			c.abandon(ctx)
 			return nil, ErrNoExpiry
@@ -87,7 +109,7 @@ func (m *Mutex) acquire(ctx context.Context) (*claim, error) {
 			if w.ear.hears() {
 				continue
 			}
-			err = w.sleep(ctx, w.patience(seen, c.grace()))
+			err = w.sleep(ctx, w.patience(seen, c.grace))
 		default:
 			if w.hint == c.ticket {
 				w.ear.doubt() // it was told that it has the lock
@@ -95,11 +117,15 @@ func (m *Mutex) acquire(ctx context.Context) (*claim, error) {
 			if !isTicket(seen.holder) && seen.rank <= 0 {
 				w.ear.listen(m.names.channel) // the original package tells its releases there
 			}
-			err = w.sleep(ctx, w.patience(seen, c.grace()))
+			w.ear.standIn(m.line(), c)
+			err = w.sleep(ctx, w.patience(seen, c.grace))
 		}
 		if err != nil {
 			c.abandon(ctx)
 			return nil, err
+		}
+		if w.grant != nil {
+			continue
 		}
 		if now, err := m.node.home(ctx); err == nil {
 			home = now
@@ -211,6 +237,7 @@ type waiter struct {
 	ear     *listener // nil until it has to wait
 	timer   *time.Timer
 	hint    string // the message that ended the latest sleep, "" if none did
+	grant   *grant // the lock, if that ended it
 	witness bool   // was told of a hand-over, to see to it that it is claimed
 }
 
@@ -244,14 +271,15 @@ func (w *waiter) sleep(ctx context.Context, d time.Duration) error {
 	} else {
 		w.timer.Reset(d)
 	}
-	w.hint = ""
+	w.hint, w.grant = "", nil
 	for {
 		select {
 		case <-ctx.Done():
 			return ctxErr(ctx)
 		case <-w.timer.C:
 			return nil
-		case w.hint = <-w.ear.heard:
+		case heard := <-w.ear.heard:
+			w.hint, w.grant = heard.hint, heard.grant
 			grace, err := strconv.ParseUint(w.hint, 10, 32)
 			if err != nil {
 				return nil

@@ -1,5 +1,5 @@
--- handover.lua: the part that acquire.lua and release.lua share; it is put in
--- front of both.
+-- handover.lua: the part that acquire.lua and release.lua share; it is put where they
+-- name it, behind what they can do without it.
 --
 -- The queue is a sorted set of waiting tickets. A score is the server time in
 -- microseconds at which the ticket first asked; a negative score marks the one
@@ -9,7 +9,22 @@
 -- again by itself within the grace.
 
 local function inbox(ticket)
-  return string.match(ticket, '^(%-?%x+)%.%x+$') or string.match(ticket, '^(%-?%x+)%.%x+%.%S+$') or ''
+  return string.match(ticket, '^[^.]*')
+end
+
+-- mint returns the fencing token of the ticket, which holds the lock now. It is the
+-- time, or one more than the latest if a clock was set back: so tokens rise even if all
+-- data were lost.
+local function mint(fence, ticket)
+  local latest, owner = string.match(redis.call('GET', fence) or '', '^(%d+) (.+)$')
+  local token = latest
+  if owner ~= ticket then
+    local now = redis.call('TIME')
+    local least = latest and latest + 1 or 0
+    token = string.format('%.0f', math.max(now[1] * 1000000 + now[2], least))
+  end
+  redis.call('SET', fence, token .. ' ' .. ticket, 'PX', fence_ttl)
+  return token
 end
 
 -- tell publishes to the process that owns the ticket; false if nobody listens, so
@@ -30,7 +45,7 @@ end
 -- tombstone of the marked one says that it never held the lock.
 local function drop_silent(queue, marked, asker, ended)
   redis.call('ZREM', queue, marked)
-  redis.call('SET', ended .. marked, 'unclaimed', 'PX', 15000)
+  redis.call('SET', ended .. marked, 'unclaimed', 'PX', tombstone_ttl)
   local process = inbox(marked)
   if process == inbox(asker) then
     return
@@ -43,14 +58,14 @@ local function drop_silent(queue, marked, asker, ended)
   tell(marked, 'look')
 end
 
--- tell_witnesses lets the next in the queue look when the grace is over; if it
--- lives in the same process as the one who was handed the lock, which may be
--- stopped, the last in the queue as well.
-local function tell_witnesses(queue, handed, grace)
+-- tell_witnesses lets the next in the queue, at the rank given, look when the time of
+-- the one who was handed the lock is over; if it lives in the same process as that,
+-- which may be stopped, the last in the queue as well.
+local function tell_witnesses(queue, rank, handed, time)
   local witness
   repeat
-    witness = redis.call('ZRANGE', queue, 1, 1)[1]
-    local heard = not witness or tell(witness, witness .. ' ' .. grace)
+    witness = redis.call('ZRANGE', queue, rank, rank)[1]
+    local heard = not witness or tell(witness, witness .. ' ' .. time)
     if not heard then
       redis.call('ZREM', queue, witness)
     end
@@ -58,7 +73,7 @@ local function tell_witnesses(queue, handed, grace)
   if witness and inbox(witness) == inbox(handed) then
     local last = redis.call('ZRANGE', queue, -1, -1)[1]
     if inbox(last) ~= inbox(handed) then
-      tell(last, last .. ' ' .. grace)
+      tell(last, last .. ' ' .. time)
     end
   end
 end
@@ -81,11 +96,10 @@ local function hand_over(lock, queue, grace, asker, tombstone)
     elseif tell(first, first) then
       redis.call('SET', lock, first, 'PX', grace)
       redis.call('ZADD', queue, string.format('%.0f', -since), first)
-      tell_witnesses(queue, first, grace)
+      tell_witnesses(queue, 1, first, grace)
       return first
     else
       redis.call('ZREM', queue, first)
     end
   end
 end
-
