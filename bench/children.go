@@ -73,7 +73,7 @@ func (s *server) stop() {
 
 // cpu is the processor time that the server has used.
 func (s *server) cpu(ctx context.Context) time.Duration {
-	seconds := info(ctx, s.monitor, "used_cpu_user") + info(ctx, s.monitor, "used_cpu_sys")
+	seconds := infoNumber(ctx, s.monitor, "used_cpu_user") + infoNumber(ctx, s.monitor, "used_cpu_sys")
 	return time.Duration(seconds * float64(time.Second))
 }
 

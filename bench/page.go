@@ -202,30 +202,22 @@ func (p *page) measure(ctx context.Context, n int, d time.Duration) (figures, er
 	handOvers := float64(last - first)
 	requests := float64(after.requests - before.requests)
 	f := figures{
-		"turns":     turns / seconds,
-		"gaveup":    float64(after.gaveUp - before.gaveUp),
-		"lost":      float64(after.lost - before.lost),
-		"requests":  requests,
-		"handovers": handOvers,
-		"handover":  handOvers / seconds,
-		"longest":   float64(longest),
-		"fairness":  float64(most) / float64(fewest), // infinite if one had no turn
+		"turns":              turns / seconds,
+		"rate":               requests / seconds,
+		"hand-overs":         handOvers / seconds,
+		"hand-overs counted": handOvers,
+		"share":              handOvers / turns,
+		"per hand-over":      requests / handOvers, // infinite if there was none
+		"longest":            float64(longest),
+		"fairness":           float64(most) / float64(fewest), // infinite if one had no turn
+		"gave up":            float64(after.gaveUp - before.gaveUp),
+		"lost":               float64(after.lost - before.lost),
 	}
-	if turns > 0 {
-		f["share"] = handOvers / turns
-	} else {
-		delete(f, "fairness")
-	}
-	if handOvers >= fewHandOvers {
-		f["per handover"] = requests / handOvers
-		f["p50"] = percentile(took, 50)
-		f["p99"] = percentile(took, 99)
+	if len(took) > 0 {
+		f["p50"], f["p99"] = percentile(took, 50), percentile(took, 99)
 	}
 	return f, nil
 }
-
-// fewHandOvers is how many there have to be for a figure about them to mean anything.
-const fewHandOvers = 5
 
 // counts are sums over all contenders at one moment, and the turns of each.
 type counts struct {

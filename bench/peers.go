@@ -103,7 +103,16 @@ func openPool(s setting) pool {
 	}), s}
 }
 
-func (p pool) close() { _ = p.Close() }
+// close has go-redis say nothing of it: it logs that a subscription, which dmutex keeps
+// for two seconds after the last wait, ended with the client.
+func (p pool) close() {
+	goredis.SetLogger(silence{})
+	_ = p.Close()
+}
+
+type silence struct{}
+
+func (silence) Printf(context.Context, string, ...any) {}
 
 type dmutexClient struct{ pool }
 

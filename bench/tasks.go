@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/gob"
 	"encoding/json"
+	"math"
 	"os"
 	"runtime"
 	"strconv"
@@ -265,7 +266,7 @@ func oneOfMany(ctx context.Context, w *worker) error {
 func idle(ctx context.Context, w *worker) error {
 	monitor := goredis.NewClient(&goredis.Options{Addr: w.Setting.Addr})
 	defer monitor.Close()
-	server := func(field string) float64 { return info(ctx, monitor, field) }
+	server := func(field string) float64 { return infoNumber(ctx, monitor, field) }
 	client0, server0, connections0 := ownMemory(), server("used_memory"), server("connected_clients")
 
 	c, err := w.open(0)
@@ -293,8 +294,8 @@ func idle(ctx context.Context, w *worker) error {
 		if err == nil {
 			waiters := float64(w.Size)
 			f = figures{
-				"requests":      f["requests"] / w.Time.Seconds(),
-				"gaveup":        f["gaveup"],
+				"rate":          f["rate"],
+				"gave up":       f["gave up"],
 				"connections":   server("connected_clients") - connections0,
 				"server memory": (server("used_memory") - server0) / waiters,
 				"client memory": (ownMemory() - client0) / waiters,
@@ -316,15 +317,23 @@ func ownMemory() float64 {
 	return float64(m.HeapAlloc + m.StackInuse)
 }
 
-// info is one number of the server's INFO.
-func info(ctx context.Context, monitor *goredis.Client, field string) float64 {
+// info is one field of the server's INFO.
+func info(ctx context.Context, monitor *goredis.Client, field string) string {
 	for line := range strings.Lines(monitor.Info(ctx).Val()) {
 		if value, ok := strings.CutPrefix(line, field+":"); ok {
-			n, _ := strconv.ParseFloat(strings.TrimSpace(value), 64)
-			return n
+			return strings.TrimSpace(value)
 		}
 	}
-	return 0
+	return ""
+}
+
+// infoNumber is one that is a number.
+func infoNumber(ctx context.Context, monitor *goredis.Client, field string) float64 {
+	n, err := strconv.ParseFloat(info(ctx, monitor, field), 64)
+	if err != nil {
+		return math.NaN()
+	}
+	return n
 }
 
 // longestTask bounds what a process does for one line.
