@@ -137,7 +137,11 @@ func (c *child) end() error {
 	_ = c.stdin.Close()
 	late := time.AfterFunc(patience, func() { _ = c.cmd.Process.Kill() })
 	defer late.Stop()
-	return c.cmd.Wait()
+	err := c.cmd.Wait()
+	if c.cmd.ProcessState.ExitCode() == overlapStatus {
+		return errOverlap
+	}
+	return err
 }
 
 // onOneCore starts a process that may use but one core, the last that this one may use.

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -18,13 +19,7 @@ import (
 )
 
 func main() {
-	if given, err := doTask(); given {
-		if err != nil {
-			fmt.Fprintln(os.Stderr, "bench:", err)
-			os.Exit(1)
-		}
-		return
-	}
+	doTask()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
@@ -168,7 +163,11 @@ func (b *bench) measure(ctx context.Context) (err error) {
 		order := rotated(b.peers, round)
 		for _, c := range b.cases {
 			began := time.Now()
-			if err := b.round(ctx, c, order); err != nil {
+			err := b.round(ctx, c, order)
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			if err != nil {
 				return err
 			}
 			fmt.Fprintf(b.progress, "round %d of %d: %s %d: %.1f s\n", round+1, b.rounds, c.scenario.name, c.size, time.Since(began).Seconds())
@@ -237,7 +236,10 @@ func (b *bench) once(ctx context.Context, t task) (figures, error) {
 	if err == nil {
 		f, err = c.answer()
 	}
-	return f, errors.Join(err, c.end())
+	if failed := c.end(); failed != nil {
+		return nil, failed
+	}
+	return f, err
 }
 
 // together is several processes that want one lock.
@@ -255,7 +257,7 @@ func (b *bench) together(ctx context.Context, t task) (_ figures, err error) {
 			_ = c.stdin.Close() // all at once
 		}
 		for _, c := range children {
-			err = errors.Join(err, c.end())
+			err = cmp.Or(err, c.end())
 		}
 	}()
 	for t.Index = range t.Size {
@@ -284,7 +286,7 @@ func (b *bench) roundInSlices(ctx context.Context, c measured, order []peer) (er
 	children := map[string]*child{}
 	defer func() {
 		for _, c := range children {
-			err = errors.Join(err, c.end())
+			err = cmp.Or(err, c.end())
 		}
 	}()
 	sums := map[string]figures{}

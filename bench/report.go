@@ -52,19 +52,20 @@ var (
 
 // chapter is what the report says about a scenario.
 type chapter struct {
-	title   string // with a verb for the size, if there are several
+	title   string
+	sizes   string // what there are several of; "" if that is always the same
 	text    string
 	columns []column
 }
 
 var chapters = map[string]chapter{
 	"uncontended": {
-		"Nobody else wants it",
-		`One goroutine locks and unlocks one key with context.Background(). Client and server share one
-core, as it depends on chance else whether both are on the same; so the time is what both
+		title: "Nobody else wants it",
+		text: `One goroutine locks and unlocks one key, with context.Background(). Client and server share
+one core, as it depends on chance else whether both are on the same; so the time is what both
 work, one after the other. CPU is that of the client's process and of the server's. The peers
 take turns every 0.3 s.`,
-		[]column{
+		columns: []column{
 			{"time", "time per pair, µs", micro, less},
 			{"allocations", "allocations", 1, less},
 			{"bytes", "bytes", 1, less},
@@ -74,17 +75,19 @@ take turns every 0.3 s.`,
 		},
 	},
 	"many keys": {
-		"Many keys",
-		`64 goroutines of one process share a client, and each locks and unlocks a key of its own.`,
-		[]column{{"turns", "pairs per second", 1, more}},
+		title:   "Many keys",
+		sizes:   "goroutines: pairs per second",
+		text:    `Goroutines of one process share a client, and each locks and unlocks a key of its own.`,
+		columns: []column{{"turns", "pairs per second", 1, more}},
 	},
 	"one process": {
-		"One process",
-		`16 goroutines of one process share a client and want one lock, again and again. "To another"
-is the share of cycles in which another goroutine got the lock than had it before. The longest
-wait is that of any goroutine for one turn, and counts also if it had not ended. ∞ is for
-a goroutine that had no turn at all.`,
-		[]column{
+		title: "One process",
+		sizes: "goroutines",
+		text: `Goroutines of one process share a client and want one lock, again and again. "To another" is
+the share of cycles in which another goroutine got the lock than had it before. The longest
+wait is that of any goroutine for one turn, and counts also if it had not ended. ∞ stands where
+a goroutine had no turn at all.`,
+		columns: []column{
 			{"turns", "cycles per second", 1, more},
 			{"share", "to another, %", perCent, more},
 			longestWait,
@@ -92,13 +95,14 @@ a goroutine that had no turn at all.`,
 		},
 	},
 	"processes": {
-		"%d processes",
-		`%d processes want one lock, again and again, and hold it for nothing. A hand-over takes from
-just before one process calls Unlock until Lock has returned in another. Only those count: a
+		title: "Processes",
+		sizes: "processes",
+		text: `Processes want one lock, again and again, and hold it for nothing. A hand-over takes from just
+before one process calls Unlock until Lock has returned in another. Only those are counted: a
 process that takes back what it has just released hands over to nobody. So where little goes
-to another process, p50 and p99 tell of the few times that another was quick enough, and the
+to another process, p50 and p99 tell of the few times when another was quick enough, and the
 longest wait of those when it was not.`,
-		[]column{
+		columns: []column{
 			halfOfThem,
 			{"p99", "p99, µs", micro, less},
 			{"hand-overs", "hand-overs per second", 1, more},
@@ -109,11 +113,12 @@ longest wait of those when it was not.`,
 		},
 	},
 	"idle": {
-		"%d waiters, and nothing happens",
-		`A lock is held all the time, and %d goroutines of one process, sharing a client, wait for it.
-Memory is that per waiter: of the client process heap and stacks, after a garbage collection;
-of the server all that was there before no more; connections and their buffers included.`,
-		[]column{
+		title: "Waiting while nothing happens",
+		sizes: "waiters",
+		text: `A lock is held all the time, and goroutines of one process, sharing a client, wait for it.
+Memory is that per waiter, connections and their buffers included: heap and stacks of the
+client's process after a garbage collection, and all that the server has allocated.`,
+		columns: []column{
 			{"rate", "requests per second", 1, less},
 			{"connections", "connections", 1, less},
 			{"client memory", "client, kB", kilo, less},
@@ -121,20 +126,18 @@ of the server all that was there before no more; connections and their buffers i
 		},
 	},
 	"flat": {
-		"Requests per hand-over",
-		`One holds the lock and so many wait for it, all in one process, but each with a client of its
+		title: "Requests per hand-over",
+		sizes: "waiting",
+		text: `One holds the lock and so many wait for it, all in one process, but each with a client of its
 own. All requests are counted, also those in vain, for each time that the lock goes to another
 than had it before.`,
-		[]column{perHandOver},
+		columns: []column{perHandOver},
 	},
 }
 
-// titled fills the size into a text that wants it.
-func titled(text string, size int) string {
-	if strings.Contains(text, "%d") {
-		return fmt.Sprintf(text, size)
-	}
-	return text
+// head is what stands over a table or column for a size.
+func (ch chapter) head(size int) string {
+	return strings.TrimSpace(thousands(int64(size)) + " " + ch.sizes)
 }
 
 // over returns a figure of a peer over all rounds; NaN if there were too few hand-overs
@@ -280,30 +283,34 @@ func thousands(n int64) string {
 
 // writeReport writes all tables.
 func (b *bench) writeReport(w io.Writer) {
+	last := ""
 	for i := 0; i < len(b.cases); i++ {
 		m := &b.cases[i]
 		ch := chapters[m.scenario.name]
-		t := table{peers: b.peers}
-		fmt.Fprintf(w, "## %s\n\n%s\n\n", titled(ch.title, m.size), titled(ch.text, m.size))
-		shown := b.cases[i : i+1]
-		if m.scenario.name == "flat" {
-			for ; i+1 < len(b.cases) && b.cases[i+1].scenario.name == "flat"; i++ {
+		if m.scenario.name != last {
+			fmt.Fprintf(w, "## %s\n\n%s\n\n", ch.title, ch.text)
+		}
+		last = m.scenario.name
+		t, shown := table{peers: b.peers}, b.cases[i:i+1]
+		if len(ch.columns) == 1 { // then the columns are the sizes
+			for ; i+1 < len(b.cases) && b.cases[i+1].scenario.name == last; i++ {
 				shown = shown[:len(shown)+1]
 			}
 			for j := range shown {
-				t.add(thousands(int64(shown[j].size)), &shown[j], ch.columns[0])
+				t.add(ch.head(shown[j].size), &shown[j], ch.columns[0])
 			}
 		} else {
+			if ch.sizes != "" {
+				fmt.Fprintf(w, "### %s\n\n", ch.head(m.size))
+			}
 			for _, c := range ch.columns {
 				t.add(c.head, m, c)
 			}
 		}
 		t.write(w)
 		b.writeNotes(w, shown)
-		if slices.ContainsFunc(b.peers, floorItself) || slices.ContainsFunc(b.peers, otherPeer) {
-			fmt.Fprint(w, "The medians as multiples of the floor's / of the best other library's:\n\n")
-			t.writeRatios(w)
-		}
+		fmt.Fprint(w, "The medians as multiples of the floor's / of the best other library's:\n\n")
+		t.writeRatios(w)
 	}
 }
 

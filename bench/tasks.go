@@ -5,6 +5,8 @@ import (
 	"context"
 	"encoding/gob"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"math"
 	"os"
 	"runtime"
@@ -34,28 +36,35 @@ type task struct {
 // taskVariable is the environment variable that makes a process of this program do a task.
 const taskVariable = "DMUTEX_BENCH_TASK"
 
-// doTask does the task in the environment, if there is one.
-func doTask() (given bool, err error) {
+// overlapStatus is the exit status of a process that found that it was not alone.
+const overlapStatus = 3
+
+// doTask does the task in the environment and ends the process, if there is one.
+func doTask() {
 	text := os.Getenv(taskVariable)
 	if text == "" {
-		return false, nil
+		return
 	}
+	err := do(text)
+	switch {
+	case err == nil:
+		os.Exit(0)
+	case errors.Is(err, errOverlap):
+		os.Exit(overlapStatus) // the parent says so
+	}
+	fmt.Fprintln(os.Stderr, "bench:", err)
+	os.Exit(1)
+}
+
+func do(text string) error {
 	var t task
 	if err := json.Unmarshal([]byte(text), &t); err != nil {
-		return true, err
+		return err
 	}
 	p, err := peerNamed(t.Peer)
 	if err != nil {
-		return true, err
+		return err
 	}
-	work := map[string]func(context.Context, *worker) error{
-		"uncontended": uncontended,
-		"many keys":   manyKeys,
-		"one process": oneProcess,
-		"processes":   oneOfMany,
-		"idle":        idle,
-		"flat":        flat,
-	}[t.Scenario]
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	w := &worker{task: t, peer: p, page: &page{}, lines: make(chan string), out: gob.NewEncoder(os.Stdout)}
@@ -66,7 +75,22 @@ func doTask() (given bool, err error) {
 		cancel() // the parent is done with us, or is no more
 		close(w.lines)
 	}()
-	return true, work(ctx, w)
+	switch t.Scenario {
+	case "uncontended":
+		return w.uncontended()
+	case "many keys":
+		return w.manyKeys(ctx)
+	case "one process":
+		return w.oneProcess(ctx)
+	case "processes":
+		return w.oneOfMany(ctx)
+	case "idle":
+		return w.idle(ctx)
+	case "flat":
+		return w.flat(ctx)
+	default:
+		return fmt.Errorf("no scenario is named %q", t.Scenario)
+	}
 }
 
 // worker does one task.
@@ -106,7 +130,7 @@ func (w *worker) onGo(work func() (figures, error)) error {
 }
 
 // uncontended is one goroutine that locks and unlocks, and what that costs.
-func uncontended(_ context.Context, w *worker) error {
+func (w *worker) uncontended() error {
 	c, err := w.open(0)
 	if err != nil {
 		return err
@@ -158,7 +182,7 @@ func ownCPU() time.Duration {
 }
 
 // manyKeys is so many goroutines that share a client, each with a key of its own.
-func manyKeys(ctx context.Context, w *worker) error {
+func (w *worker) manyKeys(ctx context.Context) error {
 	c, err := w.open(0)
 	if err != nil {
 		return err
@@ -193,7 +217,7 @@ func manyKeys(ctx context.Context, w *worker) error {
 }
 
 // oneProcess is so many goroutines that share a client and want one lock.
-func oneProcess(ctx context.Context, w *worker) error {
+func (w *worker) oneProcess(ctx context.Context) error {
 	c, err := w.open(0)
 	if err != nil {
 		return err
@@ -205,7 +229,7 @@ func oneProcess(ctx context.Context, w *worker) error {
 }
 
 // flat is a holder and so many who wait, each with a client of its own.
-func flat(ctx context.Context, w *worker) error {
+func (w *worker) flat(ctx context.Context) error {
 	clients := make([]client, w.Size+1)
 	for i := range clients {
 		c, err := w.open(i)
@@ -242,7 +266,7 @@ func (w *worker) contest(ctx context.Context, n int, clientOf func(int) (client,
 }
 
 // oneOfMany is one contender of several, each in a process.
-func oneOfMany(ctx context.Context, w *worker) error {
+func (w *worker) oneOfMany(ctx context.Context) error {
 	p, err := mapPage(os.NewFile(pageFile, "page"))
 	if err != nil {
 		return err
@@ -263,7 +287,7 @@ func oneOfMany(ctx context.Context, w *worker) error {
 
 // idle is a holder that does not let go, and so many goroutines that share a client and
 // wait for it all the time.
-func idle(ctx context.Context, w *worker) error {
+func (w *worker) idle(ctx context.Context) error {
 	monitor := goredis.NewClient(&goredis.Options{Addr: w.Setting.Addr})
 	defer monitor.Close()
 	server := func(field string) float64 { return infoNumber(ctx, monitor, field) }
