@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"time"
 
 	goredis "github.com/go-redis/redis/v8"
@@ -32,22 +31,21 @@ type server struct {
 
 // startServer starts a redis-server on a free loopback port that keeps nothing, by way of
 // start.
-func startServer(ctx context.Context, start func(*exec.Cmd) error) (_ *server, err error) {
+func startServer(ctx context.Context, start starter) (_ *server, err error) {
+	addr, err := freeAddr()
+	if err != nil {
+		return nil, err
+	}
 	dir, err := os.MkdirTemp("", "dmutex-bench-")
 	if err != nil {
 		return nil, err
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, err
-	}
-	addr := l.Addr().(*net.TCPAddr)
-	_ = l.Close()
+	host, port, _ := net.SplitHostPort(addr)
 	s := &server{
-		addr: addr.String(),
+		addr: addr,
 		dir:  dir,
 		cmd: exec.Command("redis-server",
-			"--port", strconv.Itoa(addr.Port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no",
+			"--port", port, "--bind", host, "--save", "", "--appendonly", "no",
 			"--dir", dir, "--logfile", filepath.Join(dir, "log")),
 	}
 	if err := start(s.cmd); err != nil {
@@ -71,11 +69,27 @@ func (s *server) stop() {
 	_ = os.RemoveAll(s.dir)
 }
 
-// cpu is the processor time that the server has used.
-func (s *server) cpu(ctx context.Context) time.Duration {
-	seconds := infoNumber(ctx, s.monitor, "used_cpu_user") + infoNumber(ctx, s.monitor, "used_cpu_sys")
-	return time.Duration(seconds * float64(time.Second))
+// freeAddr is a loopback address that nobody listens on.
+func freeAddr() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	return l.Addr().String(), l.Close()
 }
+
+// cpuOf is the processor time that a process has used.
+func cpuOf(pid int) time.Duration {
+	const scheduled = 2 // not the ticks of user or system time, but what it got exactly
+	var t unix.Timespec
+	if err := unix.ClockGettime(int32(^pid<<3|scheduled), &t); err != nil {
+		panic(err)
+	}
+	return time.Duration(t.Nano())
+}
+
+// starter starts a process: anywhere, which is (*exec.Cmd).Start, or onOneCore.
+type starter func(*exec.Cmd) error
 
 // child is a process of this program that does a task.
 type child struct {
@@ -88,7 +102,7 @@ type child struct {
 const pageFile = 3
 
 // startChild starts a process for a task, by way of start. ctx kills it.
-func startChild(ctx context.Context, t task, page *os.File, start func(*exec.Cmd) error) (*child, error) {
+func startChild(ctx context.Context, t task, page *os.File, start starter) (*child, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err

@@ -44,9 +44,10 @@ type bench struct {
 	cases    []measured
 	progress io.Writer
 
-	server  *server
-	pinned  *server // on one core
-	version string  // of redis-server
+	server           *server
+	pinned           *server     // on one core
+	etcd, pinnedEtcd *etcdServer // nil if not needed
+	version          string      // of redis-server
 }
 
 // measured is one case of a scenario, and what each peer's rounds found.
@@ -65,13 +66,12 @@ type scenario struct {
 }
 
 var scenarios = []scenario{
-	{"uncontended", []int{1}, []int{1}, 0.8},
+	{"uncontended", []int{1}, []int{1}, 0.9},
 	{"many keys", []int{64}, []int{64}, 0.7},
 	{"one process", []int{16}, []int{16}, 1},
 	{"processes", []int{2, 8, 32, 128}, []int{2, 4}, 1},
-	// A waiter of dmutex looks at Redis every four to five seconds.
-	{"idle", []int{1000}, []int{100}, 3},
-	{"flat", []int{1, 2, 10, 32, 100, 320, 1000}, []int{1, 10}, 0.4},
+	{"idle", []int{1000}, []int{100}, 4.5}, // a waiter of dmutex looks at Redis every four to five seconds
+	{"flat", []int{1, 2, 10, 32, 100, 320, 1000}, []int{1, 10}, 0.5},
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
@@ -79,7 +79,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.IntVar(&b.rounds, "rounds", 5, "how often each peer is measured")
-	flags.DurationVar(&b.time, "time", 1500*time.Millisecond, "how long one measurement takes, more or less by the scenario")
+	flags.DurationVar(&b.time, "time", time.Second, "how long one measurement takes; shorter or longer in some scenarios")
 	names := flags.String("peers", "", "which peers, separated by commas; all but none if not given")
 	which := flags.String("scenarios", "", "which scenarios, separated by commas; all if not given")
 	quick := flags.Bool("quick", false, "a short run, to see that it works; its figures are worth nothing")
@@ -159,10 +159,20 @@ func (b *bench) measure(ctx context.Context) (err error) {
 		return err
 	}
 	defer b.pinned.stop()
+	if slices.ContainsFunc(b.peers, func(p peer) bool { return p.name == "etcd" }) {
+		if b.etcd, err = startEtcd(ctx, (*exec.Cmd).Start); err != nil {
+			return err
+		}
+		defer b.etcd.stop()
+		if b.pinnedEtcd, err = startEtcd(ctx, onOneCore); err != nil {
+			return err
+		}
+		defer b.pinnedEtcd.stop()
+	}
 	for round := range b.rounds {
-		order := rotated(b.peers, round)
 		for _, c := range b.cases {
 			began := time.Now()
+			order := rotated(b.in(c.scenario), round)
 			err := b.round(ctx, c, order)
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
@@ -176,9 +186,16 @@ func (b *bench) measure(ctx context.Context) (err error) {
 	return nil
 }
 
+// in returns the peers that take part in a scenario.
+func (b *bench) in(s scenario) []peer {
+	return slices.DeleteFunc(slices.Clone(b.peers), func(p peer) bool {
+		return p.only != nil && !slices.Contains(p.only, s.name)
+	})
+}
+
 // rotated returns the list with its first n moved to the end.
 func rotated[T any](list []T, n int) []T {
-	n %= len(list)
+	n %= max(1, len(list))
 	return append(slices.Clone(list[n:]), list[:n]...)
 }
 
@@ -191,7 +208,10 @@ func (b *bench) round(ctx context.Context, c measured, order []peer) error {
 		if err := b.server.monitor.FlushAll(ctx).Err(); err != nil {
 			return err
 		}
-		t := b.task(c, p, b.server)
+		t := b.task(c, p, b.server.addr)
+		if p.name == "etcd" {
+			t.Setting.Addr = b.etcd.addr
+		}
 		measure := b.once
 		if c.scenario.name == "processes" {
 			measure = b.together
@@ -205,13 +225,13 @@ func (b *bench) round(ctx context.Context, c measured, order []peer) error {
 	return nil
 }
 
-func (b *bench) task(c measured, p peer, s *server) task {
+func (b *bench) task(c measured, p peer, addr string) task {
 	t := task{
 		Scenario: c.scenario.name,
 		Peer:     p.name,
 		Size:     c.size,
 		Time:     time.Duration(float64(b.time) * c.scenario.share),
-		Setting:  setting{Addr: s.addr, TTL: ttl, Patience: time.Second},
+		Setting:  setting{Addr: addr, TTL: ttl, Patience: time.Second},
 	}
 	switch t.Scenario {
 	case "uncontended", "many keys":
@@ -289,9 +309,13 @@ func (b *bench) roundInSlices(ctx context.Context, c measured, order []peer) (er
 			err = cmp.Or(err, c.end())
 		}
 	}()
-	sums := map[string]figures{}
+	sums, servers := map[string]figures{}, map[string]int{}
 	for _, p := range order {
-		t := b.task(c, p, b.pinned)
+		t, server := b.task(c, p, b.pinned.addr), b.pinned.cmd
+		if p.name == "etcd" {
+			t.Setting.Addr, server = b.pinnedEtcd.addr, b.pinnedEtcd.cmd
+		}
+		servers[p.name] = server.Process.Pid
 		t.Time = min(t.Time, slice)
 		c, err := startChild(ctx, t, nil, onOneCore)
 		if err != nil {
@@ -304,7 +328,7 @@ func (b *bench) roundInSlices(ctx context.Context, c measured, order []peer) (er
 	}
 	for n := range max(1, int(b.time/slice)) {
 		for _, p := range rotated(order, n) {
-			before := b.pinned.cpu(ctx)
+			before := cpuOf(servers[p.name])
 			if err := children[p.name].begin(); err != nil {
 				return err
 			}
@@ -312,7 +336,7 @@ func (b *bench) roundInSlices(ctx context.Context, c measured, order []peer) (er
 			if err != nil {
 				return err
 			}
-			f["server CPU"] = float64(b.pinned.cpu(ctx) - before)
+			f["server CPU"] = float64(cpuOf(servers[p.name]) - before)
 			for name, value := range f {
 				sums[p.name][name] += value
 			}

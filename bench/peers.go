@@ -33,6 +33,9 @@ type peer struct {
 	about  string
 	module string
 	open   func(setting) (client, error)
+
+	uncounted bool     // it does not speak Redis, so its requests are not counted
+	only      []string // scenarios; nil for all
 }
 
 // setting is how a peer is to be used. It is the same for all.
@@ -64,15 +67,37 @@ type mutex interface {
 
 // All but the last are in a default run.
 var peers = []peer{
-	{"dmutex", "this library", "github.com/omniful/go_commons/dmutex", openDmutex},
-	{"redsync", "its defaults: looks every 50 to 250 ms, 32 times", "github.com/go-redsync/redsync/v4", openRedsync()},
-	{"redsync 1 ms", "looks every millisecond, without end", "github.com/go-redsync/redsync/v4", openRedsync(
-		redsync.WithRetryDelay(poll), redsync.WithTries(math.MaxInt32),
-	)},
-	{"redislock", "looks every millisecond, without end", "github.com/bsm/redislock", openRedislock},
-	{"rueidislock", "is woken by client-side caching; one key, NOLOOP", "github.com/redis/rueidis", openRueidislock},
-	{"floor", "SET NX PX every millisecond, and DEL if it is mine: the least that excludes", "github.com/go-redis/redis/v8", openFloor},
-	{"none", "excludes nobody; to see that this is found out", "", openNone},
+	{
+		name: "dmutex", about: "this library",
+		module: "github.com/omniful/go_commons/dmutex", open: openDmutex,
+	},
+	{
+		name: "redsync", about: "its defaults: looks every 50 to 250 ms, 32 times",
+		module: "github.com/go-redsync/redsync/v4", open: openRedsync(),
+	},
+	{
+		name: "redsync 1 ms", about: "looks every millisecond, without end",
+		module: "github.com/go-redsync/redsync/v4",
+		open:   openRedsync(redsync.WithRetryDelay(poll), redsync.WithTries(math.MaxInt32)),
+	},
+	{
+		name: "redislock", about: "looks every millisecond, without end",
+		module: "github.com/bsm/redislock", open: openRedislock,
+	},
+	{
+		name: "rueidislock", about: "is woken by client-side caching; one key, NOLOOP",
+		module: "github.com/redis/rueidis", open: openRueidislock,
+	},
+	{
+		name: "floor", about: "SET NX PX every millisecond, and DEL if it is mine: the least that excludes",
+		module: "github.com/go-redis/redis/v8", open: openFloor,
+	},
+	{
+		name: "etcd", about: "another kind: concurrency.Mutex on one node of etcd, which does not sync to disk either",
+		module: "go.etcd.io/etcd/client/v3", open: openEtcd,
+		uncounted: true, only: []string{"uncontended", "processes"},
+	},
+	{name: "none", about: "excludes nobody; to see that this is found out", open: openNone},
 }
 
 func peerNamed(name string) (peer, error) {

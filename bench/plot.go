@@ -26,6 +26,7 @@ var styles = map[string]draw.GlyphStyle{
 	"redsync 1 ms": {Color: color.RGBA{0xB8, 0x7E, 0x00, 0xFF}, Shape: draw.TriangleGlyph{}},
 	"redislock":    {Color: color.RGBA{0x00, 0x9E, 0x73, 0xFF}, Shape: draw.PyramidGlyph{}},
 	"rueidislock":  {Color: color.RGBA{0xCC, 0x79, 0xA7, 0xFF}, Shape: draw.BoxGlyph{}},
+	"etcd":         {Color: color.RGBA{0x56, 0xA4, 0xD9, 0xFF}, Shape: draw.RingGlyph{}},
 	"floor":        {Color: color.RGBA{0x55, 0x55, 0x55, 0xFF}, Shape: draw.CrossGlyph{}},
 }
 
@@ -179,7 +180,7 @@ func (cs curves) Plot(canvas draw.Canvas, p *plot.Plot) {
 		highest := canvas.Max.Y - rowHeight*vg.Length(len(byEnd)-1-i)
 		beside := vg.Point{X: canvas.Max.X + 16, Y: min(max(end(c), lowest), highest)}
 		lowest = beside.Y + rowHeight
-		canvas.DrawGlyph(style, beside)
+		style.Shape.DrawGlyph(&canvas, style, beside) // DrawGlyph of canvas leaves out what is not on it
 		name.Color = style.Color
 		canvas.FillText(name, beside.Add(vg.Point{X: 8}), c.peer)
 	}

@@ -101,7 +101,7 @@ a goroutine had no turn at all.`,
 before one process calls Unlock until Lock has returned in another. Only those are counted: a
 process that takes back what it has just released hands over to nobody. So where little goes
 to another process, p50 and p99 tell of the few times when another was quick enough, and the
-longest wait of those when it was not.`,
+longest wait of those when it was not. Nobody waits for longer than was measured.`,
 		columns: []column{
 			halfOfThem,
 			{"p99", "p99, µs", micro, less},
@@ -143,6 +143,9 @@ func (ch chapter) head(size int) string {
 // over returns a figure of a peer over all rounds; NaN if there were too few hand-overs
 // to say.
 func (m *measured) over(p peer, c column) spread {
+	if p.uncounted && slices.Contains([]string{"requests", "per hand-over"}, c.figure) {
+		return spreadOf(nil)
+	}
 	var values []float64
 	handOvers := 0.0
 	for _, f := range m.found[p.name] {
@@ -291,7 +294,7 @@ func (b *bench) writeReport(w io.Writer) {
 			fmt.Fprintf(w, "## %s\n\n%s\n\n", ch.title, ch.text)
 		}
 		last = m.scenario.name
-		t, shown := table{peers: b.peers}, b.cases[i:i+1]
+		t, shown := table{peers: b.in(m.scenario)}, b.cases[i:i+1]
 		if len(ch.columns) == 1 { // then the columns are the sizes
 			for ; i+1 < len(b.cases) && b.cases[i+1].scenario.name == last; i++ {
 				shown = shown[:len(shown)+1]
@@ -327,7 +330,7 @@ func (b *bench) writeNotes(w io.Writer, shown []measured) {
 			}
 			where := ""
 			if len(shown) > 1 {
-				where = fmt.Sprintf(" with %d waiters", m.size)
+				where = fmt.Sprintf(" with %s waiting", thousands(int64(m.size)))
 			}
 			if n := sum["gave up"]; n > 0 {
 				fmt.Fprintf(w, "%s gave up a wait %s times%s, and tried again.\n\n", p.name, number(n), where)
@@ -383,8 +386,8 @@ func (b *bench) writeHeader(w io.Writer, args []string, at time.Time) {
 	_ = unix.Uname(&kernel)
 	fmt.Fprint(w, "# dmutex beside other mutexes on Redis\n\n")
 	fmt.Fprintf(w, "Made on %s by\n\n    go -C bench run .%s\n\n", at.Format("2 January 2006"), shownArgs(args))
-	fmt.Fprintf(w, "on %s shared by the server and all clients (and with others: a virtual machine), Linux %s, %s, Redis %s.\n\n",
-		cores(runtime.NumCPU()), unix.ByteSliceToString(kernel.Release[:]), runtime.Version(), b.version)
+	fmt.Fprintf(w, "on %s shared cores of a virtual machine, Linux %s, %s, Redis %s.\n\n",
+		inWords(runtime.NumCPU()), unix.ByteSliceToString(kernel.Release[:]), runtime.Version(), b.version)
 	fmt.Fprintf(w, `In each of %d rounds, each peer was measured once in each case, in another order. A cell is
 the median of the rounds, and in brackets their least and greatest; the best of a column is
 bold. That no two held a lock at once was checked all the while. Requests are counted at the
@@ -413,12 +416,13 @@ func shownArgs(args []string) string {
 	return text.String()
 }
 
-func cores(n int) string {
-	words := []string{"no cores", "one core", "two cores", "three cores", "four cores"}
+// inWords is a small number in words.
+func inWords(n int) string {
+	words := []string{"no", "one", "two", "three", "four", "five", "six", "seven", "eight"}
 	if n < len(words) {
 		return words[n]
 	}
-	return fmt.Sprint(n, " cores")
+	return strconv.Itoa(n)
 }
 
 // version is that of a module that this program was built with.

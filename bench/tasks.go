@@ -16,7 +16,6 @@ import (
 
 	goredis "github.com/go-redis/redis/v8"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 )
 
 // Each measurement runs in a process of its own, so that no peer suffers from what
@@ -30,6 +29,7 @@ type task struct {
 	Size     int
 	Index    int // of this contender, if each has a process
 	Time     time.Duration
+	Dir      string // of the etcd server
 	Setting  setting
 }
 
@@ -88,6 +88,8 @@ func do(text string) error {
 		return w.idle(ctx)
 	case "flat":
 		return w.flat(ctx)
+	case "etcd":
+		return w.serveEtcd()
 	default:
 		return fmt.Errorf("no scenario is named %q", t.Scenario)
 	}
@@ -152,14 +154,14 @@ func (w *worker) uncontended() error {
 		var before, after runtime.MemStats
 		runtime.GC()
 		runtime.ReadMemStats(&before)
-		sent, cpu, began := requests.Load(), ownCPU(), time.Now()
+		sent, cpu, began := requests.Load(), cpuOf(os.Getpid()), time.Now()
 		pairs := 0
 		for ; time.Since(began) < w.Time; pairs++ {
 			if err := pair(); err != nil {
 				return nil, err
 			}
 		}
-		took, cpu, sent := time.Since(began), ownCPU()-cpu, requests.Load()-sent
+		took, cpu, sent := time.Since(began), cpuOf(os.Getpid())-cpu, requests.Load()-sent
 		runtime.ReadMemStats(&after)
 		return figures{
 			"pairs":       float64(pairs),
@@ -170,15 +172,6 @@ func (w *worker) uncontended() error {
 			"client CPU":  float64(cpu),
 		}, nil
 	})
-}
-
-// ownCPU is the processor time that this process has used.
-func ownCPU() time.Duration {
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-		panic(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // manyKeys is so many goroutines that share a client, each with a key of its own.
