@@ -131,10 +131,18 @@ func startChild(ctx context.Context, t task, page *os.File, start starter) (*chi
 	return &child{cmd: cmd, stdin: stdin, out: gob.NewDecoder(stdout)}, nil
 }
 
-// answer is what the child tells next: nothing but that it is ready, or what it found.
-func (c *child) answer() (figures, error) {
+var errSilent = errors.New("a process did not answer")
+
+// answer is what the child tells next: nothing but that it is ready, or what it found. It
+// is killed if that takes for longer than d and what a busy machine may need.
+func (c *child) answer(d time.Duration) (figures, error) {
+	late := time.AfterFunc(d+patience, func() { _ = c.cmd.Process.Kill() })
 	f := figures{}
-	if err := c.out.Decode(&f); err != nil {
+	err := c.out.Decode(&f)
+	switch inTime := late.Stop(); {
+	case err != nil && !inTime:
+		return nil, errSilent
+	case err != nil:
 		return nil, fmt.Errorf("a process ended early: %w", err)
 	}
 	return f, nil

@@ -30,7 +30,7 @@ func startEtcd(ctx context.Context, start starter) (_ *etcdServer, err error) {
 	}
 	t := task{Scenario: "etcd", Peer: "etcd", Dir: e.dir, Setting: setting{Addr: e.addr}}
 	if e.child, err = startChild(ctx, t, nil, start); err == nil {
-		if _, err = e.answer(); err == nil {
+		if _, err = e.answer(0); err == nil {
 			return e, nil
 		}
 	}
@@ -52,11 +52,11 @@ func (w *worker) serveEtcd() error {
 	if err != nil {
 		return err
 	}
-	clients, peers := url.URL{Scheme: "http", Host: w.Setting.Addr}, url.URL{Scheme: "http", Host: peerAddr}
+	clients, members := url.URL{Scheme: "http", Host: w.Setting.Addr}, url.URL{Scheme: "http", Host: peerAddr}
 	c := embed.NewConfig()
 	c.Dir, c.UnsafeNoFsync, c.LogLevel = w.Dir, true, "fatal"
 	c.ListenClientUrls, c.AdvertiseClientUrls = []url.URL{clients}, []url.URL{clients}
-	c.ListenPeerUrls, c.AdvertisePeerUrls = []url.URL{peers}, []url.URL{peers}
+	c.ListenPeerUrls, c.AdvertisePeerUrls = []url.URL{members}, []url.URL{members}
 	c.InitialCluster = c.InitialClusterFromName(c.Name)
 	server, err := embed.StartEtcd(c)
 	if err != nil {

@@ -85,7 +85,7 @@ var peers = []peer{
 		module: "github.com/bsm/redislock", open: openRedislock,
 	},
 	{
-		name: "rueidislock", about: "is woken by client-side caching; one key, NOLOOP",
+		name: "rueidislock", about: "is woken by client-side caching, and asks again after a second without, but for the first scenario; one key, NOLOOP",
 		module: "github.com/redis/rueidis", open: openRueidislock,
 	},
 	{
@@ -175,7 +175,10 @@ func (c redsyncClient) mutex(key string) mutex {
 func (m redsyncMutex) lock(ctx context.Context) error { return m.LockContext(ctx) }
 
 func (m redsyncMutex) unlock() error {
-	_, err := m.UnlockContext(context.Background())
+	released, err := m.UnlockContext(context.Background())
+	if err == nil && !released {
+		err = errNotHeld
+	}
 	return err
 }
 
@@ -244,7 +247,10 @@ func openRueidislock(s setting) (client, error) {
 func (c *rueidislockClient) mutex(key string) mutex { return &rueidislockMutex{client: c, key: key} }
 func (c *rueidislockClient) close()                 { c.locker.Close() }
 
-var errNotWoken = errors.New("not woken for too long")
+var (
+	errNotHeld  = errors.New("not held")
+	errNotWoken = errors.New("not woken for too long")
+)
 
 func (m *rueidislockMutex) lock(ctx context.Context) (err error) {
 	if m.client.Patience == 0 {
@@ -312,7 +318,7 @@ func (m *floorMutex) lock(ctx context.Context) error {
 func (m *floorMutex) unlock() error {
 	deleted, err := deleteIfMine.Run(context.Background(), m.Client, []string{m.key}, m.value+strconv.Itoa(m.n)).Int()
 	if err == nil && deleted == 0 {
-		err = errors.New("not held")
+		err = errNotHeld
 	}
 	return err
 }

@@ -44,6 +44,7 @@ var (
 	kilo    = 1000.0
 	perCent = 0.01
 
+	toAnother   = column{"share", "to another, %", perCent, more}
 	longestWait = column{"longest", "longest wait, ms", milli, less}
 	fairness    = column{"fairness", "most/fewest turns", 1, less}
 	perHandOver = column{"per hand-over", "requests per hand-over", 1, less}
@@ -89,7 +90,7 @@ wait is that of any goroutine for one turn, and counts also if it had not ended.
 a goroutine had no turn at all.`,
 		columns: []column{
 			{"turns", "cycles per second", 1, more},
-			{"share", "to another, %", perCent, more},
+			toAnother,
 			longestWait,
 			fairness,
 		},
@@ -106,7 +107,7 @@ longest wait of those when it was not. Nobody waits for longer than was measured
 			halfOfThem,
 			{"p99", "p99, µs", micro, less},
 			{"hand-overs", "hand-overs per second", 1, more},
-			{"share", "to another, %", perCent, more},
+			toAnother,
 			perHandOver,
 			longestWait,
 			fairness,
@@ -359,8 +360,10 @@ var headlines = []struct {
 	{"one process", 16, longestWait, "… longest wait, ms"},
 	{"one process", 16, fairness, "… most/fewest turns"},
 	{"processes", 2, halfOfThem, "2 processes: p50 of a hand-over, µs"},
+	{"processes", 2, toAnother, "… to another process, %"},
 	{"processes", 2, perHandOver, "… requests per hand-over"},
 	{"processes", 128, halfOfThem, "128 processes: p50 of a hand-over, µs"},
+	{"processes", 128, toAnother, "… to another process, %"},
 	{"processes", 128, perHandOver, "… requests per hand-over"},
 	{"processes", 128, longestWait, "… longest wait, ms"},
 	{"idle", 1000, column{"rate", "", 1, less}, "1,000 wait, nothing happens: requests per second"},
@@ -386,7 +389,7 @@ func (b *bench) writeHeader(w io.Writer, args []string, at time.Time) {
 	_ = unix.Uname(&kernel)
 	fmt.Fprint(w, "# dmutex beside other mutexes on Redis\n\n")
 	fmt.Fprintf(w, "Made on %s by\n\n    go -C bench run .%s\n\n", at.Format("2 January 2006"), shownArgs(args))
-	fmt.Fprintf(w, "on %s shared cores of a virtual machine, Linux %s, %s, Redis %s.\n\n",
+	fmt.Fprintf(w, "on %s shared cores, Linux %s, %s, Redis %s.\n\n",
 		inWords(runtime.NumCPU()), unix.ByteSliceToString(kernel.Release[:]), runtime.Version(), b.version)
 	fmt.Fprintf(w, `In each of %d rounds, each peer was measured once in each case, in another order. A cell is
 the median of the rounds, and in brackets their least and greatest; the best of a column is

@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	goredis "github.com/go-redis/redis/v8"
@@ -31,6 +32,12 @@ type task struct {
 	Time     time.Duration
 	Dir      string // of the etcd server
 	Setting  setting
+}
+
+// bounded returns a ctx with a deadline that no task reaches. With none, redislock would
+// bound each wait by the ttl.
+func (t *task) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, t.Time+5*time.Minute)
 }
 
 // taskVariable is the environment variable that makes a process of this program do a task.
@@ -183,28 +190,26 @@ func (w *worker) manyKeys(ctx context.Context) error {
 	defer c.close()
 	return w.onGo(func() (figures, error) {
 		ctx, cancel := context.WithCancel(ctx)
-		var all errgroup.Group
+		var all sync.WaitGroup
 		for i := range w.Size {
-			m, turns := c.mutex(key+strconv.Itoa(i)), &w.page.contenders[i].turns
-			all.Go(func() error {
+			m, own := c.mutex(key+strconv.Itoa(i)), &w.page.contenders[i]
+			all.Go(func() {
 				for ctx.Err() == nil {
 					if err := m.lock(context.Background()); err != nil {
-						return err
+						own.gaveUp.Add(1)
+						continue
 					}
 					if err := m.unlock(); err != nil {
-						return err
+						own.lost.Add(1)
 					}
-					turns.Add(1)
+					own.turns.Add(1)
 				}
-				return nil
 			})
 		}
 		time.Sleep(warmUp(w.Size))
 		f, err := w.page.measure(ctx, w.Size, w.Time)
 		cancel()
-		if err := all.Wait(); err != nil {
-			return nil, err
-		}
+		all.Wait()
 		return f, err
 	})
 }
@@ -217,7 +222,7 @@ func (w *worker) oneProcess(ctx context.Context) error {
 	}
 	defer c.close()
 	return w.onGo(func() (figures, error) {
-		return w.contest(ctx, w.Size, func(int) (client, error) { return c, nil })
+		return w.contest(ctx, w.Size, func(int) client { return c })
 	})
 }
 
@@ -233,21 +238,17 @@ func (w *worker) flat(ctx context.Context) error {
 		clients[i] = c
 	}
 	return w.onGo(func() (figures, error) {
-		return w.contest(ctx, len(clients), func(i int) (client, error) { return clients[i], nil })
+		return w.contest(ctx, len(clients), func(i int) client { return clients[i] })
 	})
 }
 
 // contest has n goroutines contend, and measures it.
-func (w *worker) contest(ctx context.Context, n int, clientOf func(int) (client, error)) (figures, error) {
-	ctx, cancel := context.WithTimeout(ctx, longestTask) // redislock would else bound a wait by the ttl
+func (w *worker) contest(ctx context.Context, n int, clientOf func(int) client) (figures, error) {
+	ctx, cancel := w.bounded(ctx)
 	defer cancel()
 	var all errgroup.Group
 	for i := range n {
-		c, err := clientOf(i)
-		if err != nil {
-			return nil, err
-		}
-		m := c.mutex(key)
+		m := clientOf(i).mutex(key)
 		all.Go(func() error { return w.page.contend(ctx, i, m) })
 	}
 	f, err := w.page.awaitAndMeasure(ctx, n, w.Time)
@@ -272,7 +273,7 @@ func (w *worker) oneOfMany(ctx context.Context) error {
 	defer c.close()
 	m := c.mutex(key)
 	return w.onGo(func() (figures, error) {
-		ctx, cancel := context.WithTimeout(ctx, longestTask)
+		ctx, cancel := w.bounded(ctx)
 		defer cancel()
 		return figures{}, p.contend(ctx, w.Index, m)
 	})
@@ -300,7 +301,7 @@ func (w *worker) idle(ctx context.Context) error {
 		return err
 	}
 	return w.onGo(func() (figures, error) {
-		ctx, cancel := context.WithTimeout(ctx, longestTask)
+		ctx, cancel := w.bounded(ctx)
 		defer cancel()
 		var all errgroup.Group
 		for i := range w.Size {
@@ -352,9 +353,6 @@ func infoNumber(ctx context.Context, monitor *goredis.Client, field string) floa
 	}
 	return n
 }
-
-// longestTask bounds what a process does for one line.
-const longestTask = 5 * time.Minute
 
 // warmUp is how long n contenders are let run before they are measured.
 func warmUp(n int) time.Duration {
