@@ -334,13 +334,13 @@ func (b *bench) writeNotes(w io.Writer, shown []measured) {
 				where = fmt.Sprintf(" with %s waiting", thousands(int64(m.size)))
 			}
 			if n := sum["gave up"]; n > 0 {
-				fmt.Fprintf(w, "%s gave up a wait %s times%s, and tried again.\n\n", p.name, number(n), where)
+				fmt.Fprintf(w, "Waits that %s gave up%s, and that were begun again: %s.\n\n", p.name, where, thousands(int64(n)))
 			}
 			if n := sum["lost"]; n > 0 {
-				fmt.Fprintf(w, "%s failed to unlock %s times%s.\n\n", p.name, number(n), where)
+				fmt.Fprintf(w, "Unlocks of %s that failed%s: %s.\n\n", p.name, where, thousands(int64(n)))
 			}
 			if n, ok := sum["hand-overs counted"]; ok && n < fewHandOvers && m.scenario.name != "many keys" {
-				fmt.Fprintf(w, "%s handed over only %.0f times in all rounds%s: too few to say what one costs.\n\n", p.name, n, where)
+				fmt.Fprintf(w, "Hand-overs of %s in all rounds%s: %.0f, too few to say what one costs.\n\n", p.name, where, n)
 			}
 		}
 	}

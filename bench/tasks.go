@@ -312,10 +312,11 @@ func (w *worker) idle(ctx context.Context) error {
 		if err == nil {
 			waiters := float64(w.Size)
 			f = figures{
-				"rate":          f["rate"],
-				"gave up":       f["gave up"],
-				"connections":   server("connected_clients") - connections0,
-				"server memory": (server("used_memory") - server0) / waiters,
+				"rate":        f["rate"],
+				"gave up":     f["gave up"],
+				"connections": server("connected_clients") - connections0,
+				// A few kB that the server's own buffers vary by can make it negative.
+				"server memory": max(0, server("used_memory")-server0) / waiters,
 				"client memory": (ownMemory() - client0) / waiters,
 			}
 		}
