@@ -72,8 +72,17 @@ func TestLockThatExcludesNobodyIsFoundOut(t *testing.T) {
 func TestQuickRunMakesAllFiles(t *testing.T) {
 	needRedis(t)
 	dir := filepath.Join(t.TempDir(), "made")
-	if err := run(context.Background(), []string{"-quick", "-out", dir}, t.Output(), t.Output()); err != nil {
+	page := filepath.Join(t.TempDir(), "page.md")
+	if err := os.WriteFile(page, []byte("before\n<!-- summary -->\nold\n<!-- end of summary -->\nafter\n"), 0o600); err != nil {
 		t.Fatal(err)
+	}
+	if err := run(context.Background(), []string{"-quick", "-out", dir, "-page", page}, t.Output(), t.Output()); err != nil {
+		t.Fatal(err)
+	}
+	summary, _ := os.ReadFile(filepath.Join(dir, "summary.md"))
+	shown, _ := os.ReadFile(page)
+	if want := "before\n<!-- summary -->\n" + string(summary) + "<!-- end of summary -->\nafter\n"; string(shown) != want {
+		t.Errorf("the page is: %s", shown)
 	}
 	for file, want := range map[string]string{
 		"results.md":   "## Processes",

@@ -84,6 +84,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	which := flags.String("scenarios", "", "which scenarios, separated by commas; all if not given")
 	quick := flags.Bool("quick", false, "a short run, to see that it works; its figures are worth nothing")
 	out := flags.String("out", "", "directory for results.md, summary.md and the plots")
+	page := flags.String("page", "", "page that has the summary between two marks, to be replaced")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -101,15 +102,19 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 
 	began := time.Now()
-	if err := b.measure(ctx); err != nil {
+	err := b.measure(ctx)
+	if err != nil {
 		return err
 	}
 	fmt.Fprintf(stderr, "done in %v\n", time.Since(began).Round(time.Second))
 	b.writeReport(stdout)
-	if *out == "" {
-		return nil
+	if *out != "" {
+		err = b.writeFiles(*out, args, began)
 	}
-	return b.writeFiles(*out, args, began)
+	if *page != "" {
+		err = errors.Join(err, b.writeInto(*page))
+	}
+	return err
 }
 
 // choose sets the peers and the cases by their names.

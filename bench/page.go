@@ -22,7 +22,7 @@ type page struct {
 
 	// Written by the holder only.
 	last     atomic.Int64 // who held it last
-	released atomic.Int64 // when the last one called Unlock
+	released atomic.Int64 // when that one called Unlock for the first time since it got it from another
 
 	handedOver atomic.Int64          // how many hand-overs to another contender there were
 	handOver   [1 << 18]atomic.Int64 // how long the latest took, in nanoseconds, as a ring
@@ -118,13 +118,16 @@ func (p *page) contend(ctx context.Context, index int, m mutex) error {
 		if err := p.enter(me); err != nil {
 			return err
 		}
-		if last := p.last.Swap(me); last != me && last != 0 {
+		last := p.last.Swap(me)
+		if last != me && last != 0 {
 			n := p.handedOver.Add(1)
 			p.handOver[(n-1)%int64(len(p.handOver))].Store(gotten - p.released.Load())
 		}
 		c.turns.Add(1)
 		c.longest.Store(max(c.longest.Load(), gotten-c.since.Swap(0)))
-		p.released.Store(now())
+		if last != me {
+			p.released.Store(now())
+		}
 		if err := p.leave(me); err != nil {
 			return err
 		}

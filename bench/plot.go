@@ -38,8 +38,8 @@ func (b *bench) plot(dir string) error {
 		column            column
 	}{
 		{
-			"handover.svg", "Hand-over to another process, median of those there were",
-			"processes that want the lock", "from Unlock to Lock, µs", "processes", halfOfThem,
+			"handover.svg", "Hand-over to another process, median",
+			"processes that want the lock", "from Unlock to Lock in another, µs", "processes", halfOfThem,
 		},
 		{
 			"waits.svg", "Longest wait for one turn",
