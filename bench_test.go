@@ -28,6 +28,17 @@ func BenchmarkUncontended(b *testing.B) {
 			require.NoError(b, m.Unlock(ctx))
 		}
 	})
+	b.Run("dmutex made anew, with a ctx that can end", func(b *testing.B) {
+		client := s.Client()
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		b.ReportAllocs()
+		for b.Loop() {
+			m := dmutex.New("k", long, client)
+			require.NoError(b, m.Lock(ctx))
+			require.NoError(b, m.Unlock(ctx))
+		}
+	})
 	b.Run("redsync", func(b *testing.B) {
 		m := redsync.New(goredis.NewPool(s.Client())).NewMutex("k")
 		b.ReportAllocs()
