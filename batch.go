@@ -3,17 +3,23 @@ package dmutex
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/go-redis/redis/v8"
 )
 
-// maxFlights is how many requests of one client are under way before the next ones wait
-// for one of them to return, and then go together. So whoever is alone, or nearly,
-// waits for nobody; and what many goroutines ask for takes few system calls, on both
-// sides. That one connection fails holds up a fraction of them, until its deadline.
-const maxFlights = 4
+const (
+	// maxFlights is how many requests of one client are under way before the next ones
+	// wait for one of them to return, and then go together. So whoever is alone, or
+	// nearly, waits for nobody; and what many goroutines ask for takes few system
+	// calls, on both sides.
+	maxFlights = 4
+
+	// boarding bounds the wait for that. Their connections may be dead, and others live.
+	boarding = 20 * time.Millisecond
+)
 
 // flights are the requests that are under way. A client that has none is not in it.
 var flights = traffic{byClient: map[redis.UniversalClient]lane{}}
@@ -25,8 +31,8 @@ type traffic struct {
 
 // lane is the traffic of one client.
 type lane struct {
-	flights int          // under way, at most maxFlights
-	waiting []*passenger // for one of them to land; nil if there are fewer
+	flights int          // under way; more than maxFlights only while some do not return
+	waiting []*passenger // for one of them to land
 }
 
 // passenger is a request that waits for a flight.
@@ -58,7 +64,7 @@ func (t *traffic) process(ctx context.Context, client redis.UniversalClient, cmd
 	t.byClient[client] = l
 	t.mu.Unlock()
 	return await(ctx, func() error {
-		if together := <-p.board; len(together) == 1 {
+		if together := t.wait(client, p); len(together) == 1 {
 			return t.fly(ctx, client, cmd, nil)
 		} else if together != nil {
 			p.err = t.fly(ctx, client, cmd, together[1:])
@@ -68,6 +74,31 @@ func (t *traffic) process(ctx context.Context, client redis.UniversalClient, cmd
 		}
 		return p.err
 	})
+}
+
+// wait returns what p is told when it boards. If that takes too long, it takes all who
+// wait with it.
+func (t *traffic) wait(client redis.UniversalClient, p *passenger) (together []*passenger) {
+	timer := time.NewTimer(boarding)
+	defer timer.Stop()
+	select {
+	case together = <-p.board:
+		return together
+	case <-timer.C:
+	}
+	t.mu.Lock()
+	l := t.byClient[client]
+	i := slices.Index(l.waiting, p)
+	if i < 0 {
+		t.mu.Unlock()
+		return <-p.board
+	}
+	together, l.waiting = l.waiting, nil
+	l.flights++
+	t.byClient[client] = l
+	t.mu.Unlock()
+	together[0], together[i] = p, together[0]
+	return together
 }
 
 // connected tells whether client has a connection to spare. go-redis takes notice of the

@@ -102,6 +102,34 @@ func TestWaitForARoundTripEndsWithCtx(t *testing.T) {
 	requireClean(t, s.Client())
 }
 
+// Connections that swallow requests hold up those who use them, and nobody else.
+func TestDeadConnectionsHoldUpNobodyElse(t *testing.T) {
+	s := rig.Redis(t)
+	p := rig.NewProxy(t, s.Addr)
+	client := s.Client(func(o *redis.Options) { o.Addr, o.ReadTimeout = p.Addr, 2*soon })
+	require.NoError(t, locked(t, "warm", long, client).Unlock(timeout(t)))
+	ctx, cancel := context.WithCancel(context.Background())
+	var stuck sync.WaitGroup
+	for i := range 6 { // more than may be under way
+		swallowed := p.LoseReply(script, rig.Swallow)
+		stuck.Go(func() {
+			_, err := dmutex.New(fmt.Sprint("stuck", i), long, client).TryLock(ctx)
+			assert.Error(t, err)
+		})
+		receive(t, swallowed)
+	}
+	for i := range 10 {
+		start := time.Now()
+		m := dmutex.New(fmt.Sprint("k", i), long, client)
+		require.NoError(t, m.Lock(timeout(t)))
+		require.NoError(t, m.Unlock(timeout(t)))
+		require.Less(t, time.Since(start), soon)
+	}
+	cancel()
+	stuck.Wait()
+	rig.Eventually(t, "nothing is under way", func() bool { return dmutex.UnderWay() == 0 })
+}
+
 // panics is a hook that panics as often as is said.
 type panics struct {
 	batches

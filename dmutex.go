@@ -72,8 +72,8 @@
 // claims nothing: release gives it the lock for its whole ttl, which counts from before
 // the request was sent, and the answer says so. If that is lost, the waiter looks.
 //
-// A client has four requests under way at the most; what is asked for meanwhile goes
-// together, in one pipeline, when one of them is answered.
+// A client has four requests under way, as long as they are answered; what is asked for
+// meanwhile goes together, in one pipeline, when one of them is.
 //
 // A ticket that was ended leaves a tombstone for 15 seconds, so that a repeat of
 // its release, after a lost reply, is told apart from a lock that was lost; so that

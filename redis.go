@@ -194,9 +194,10 @@ func isHex(s string) bool {
 type script struct{ source, hash any }
 
 // newScript returns a script, with handover.lua where it names that, and with the times
-// that all of them know in front.
+// that all of them know in front: as strings, which is what redis.call needs, and makes
+// of a number at some cost.
 func newScript(source string) script {
-	times := fmt.Sprintf("local tombstone_ttl, queue_ttl, fence_ttl = %d, %d, %d\n",
+	times := fmt.Sprintf("local tombstone_ttl, queue_ttl, fence_ttl = '%d', '%d', '%d'\n",
 		tombstoneTTL.Milliseconds(), queueTTL.Milliseconds(), fenceTTL.Milliseconds())
 	source = times + strings.Replace(source, "--> handover.lua\n", handoverLua, 1)
 	return script{source, redis.NewScript(source).Hash()}

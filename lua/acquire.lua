@@ -24,7 +24,7 @@ local holder = redis.call('GET', lock)
 if redis.call('EXISTS', tombstone) == 1 then
   return 0
 end
-if not (holder or fence or redis.call('ZRANGE', queue, 0, 0)[1]) then
+if not (holder or fence or redis.call('ZRANGE', queue, '0', '0')[1]) then
   redis.call('SET', lock, ticket, 'PX', ttl) -- free, and nobody waits: mostly that is all
   return 1
 end
@@ -63,7 +63,7 @@ if holder == ticket then
   redis.call('PEXPIRE', lock, ttl)
   if redis.call('ZREM', queue, ticket) == 1 and ttl == grace then
     -- It was handed over, and may end before the witness would look.
-    local witness = redis.call('ZRANGE', queue, 0, 0)[1]
+    local witness = redis.call('ZRANGE', queue, '0', '0')[1]
     if witness then
       tell(witness, witness .. ' ' .. ttl)
     end

@@ -50,7 +50,7 @@ local function drop_silent(queue, marked, asker, ended)
   if process == inbox(asker) then
     return
   end
-  for _, ticket in ipairs(redis.call('ZRANGE', queue, 0, -1)) do
+  for _, ticket in ipairs(redis.call('ZRANGE', queue, '0', '-1')) do
     if inbox(ticket) == process then
       redis.call('ZREM', queue, ticket)
     end
@@ -71,7 +71,7 @@ local function tell_witnesses(queue, rank, handed, time)
     end
   until heard
   if witness and inbox(witness) == inbox(handed) then
-    local last = redis.call('ZRANGE', queue, -1, -1)[1]
+    local last = redis.call('ZRANGE', queue, '-1', '-1')[1]
     if inbox(last) ~= inbox(handed) then
       tell(last, last .. ' ' .. time)
     end
@@ -85,7 +85,7 @@ end
 local function hand_over(lock, queue, grace, asker, tombstone)
   local ended = string.sub(tombstone, 1, #tombstone - #asker)
   while true do
-    local front = redis.call('ZRANGE', queue, 0, 0, 'WITHSCORES')
+    local front = redis.call('ZRANGE', queue, '0', '0', 'WITHSCORES')
     local first = front[1]
     if not first or first == asker then
       return nil
@@ -96,7 +96,7 @@ local function hand_over(lock, queue, grace, asker, tombstone)
     elseif tell(first, first) then
       redis.call('SET', lock, first, 'PX', grace)
       redis.call('ZADD', queue, string.format('%.0f', -since), first)
-      tell_witnesses(queue, 1, first, grace)
+      tell_witnesses(queue, '1', first, grace)
       return first
     else
       redis.call('ZREM', queue, first)

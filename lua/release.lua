@@ -45,7 +45,7 @@ end
 
 if inherited then
   if untold ~= '' then
-    tell_witnesses(queue, 0, heir, heir_ttl)
+    tell_witnesses(queue, '0', heir, heir_ttl)
   end
   return fence and {mint(fence, heir)} or 3
 end
