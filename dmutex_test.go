@@ -601,3 +601,16 @@ func TestReadmeSnippetsAreExamples(t *testing.T) {
 		require.Contains(t, string(examples), indented.String())
 	}
 }
+
+// The figures in the README are those of the latest run of `make compare`.
+func TestReadmeShowsWhatWasMeasured(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	require.NoError(t, err)
+	summary, err := os.ReadFile("docs/bench/summary.md")
+	require.NoError(t, err)
+	require.Contains(t, string(readme), "<!-- summary -->\n"+string(summary)+"<!-- end of summary -->\n")
+	for _, plot := range []string{"docs/bench/handover.svg", "docs/bench/requests.svg"} {
+		require.Contains(t, string(readme), "("+plot+")")
+		require.FileExists(t, plot)
+	}
+}

@@ -30,26 +30,34 @@ var styles = map[string]draw.GlyphStyle{
 	"floor":        {Color: color.RGBA{0x55, 0x55, 0x55, 0xFF}, Shape: draw.CrossGlyph{}},
 }
 
+// drawings are the plots, each of one figure over the sizes of a scenario.
+var drawings = []struct {
+	file, title, x, y string
+	scenario          string
+	column            column
+}{
+	{
+		"handover.svg", "Hand-over to another process, median",
+		"processes that want the lock", "from Unlock to Lock in another, µs", "processes", halfOfThem,
+	},
+	{
+		"waits.svg", "Longest wait for one turn",
+		"processes that want the lock", "longest wait, ms", "processes", longestWait,
+	},
+	{
+		"requests.svg", "Requests for each hand-over",
+		"waiters, each with a client of its own", "requests per hand-over", "flat", perHandOver,
+	},
+}
+
+// has tells whether a scenario was measured.
+func (b *bench) has(scenario string) bool {
+	return slices.ContainsFunc(b.cases, func(m measured) bool { return m.scenario.name == scenario })
+}
+
 // plot draws what can be drawn of what was measured.
 func (b *bench) plot(dir string) error {
-	for _, d := range []struct {
-		file, title, x, y string
-		scenario          string
-		column            column
-	}{
-		{
-			"handover.svg", "Hand-over to another process, median",
-			"processes that want the lock", "from Unlock to Lock in another, µs", "processes", halfOfThem,
-		},
-		{
-			"waits.svg", "Longest wait for one turn",
-			"processes that want the lock", "longest wait, ms", "processes", longestWait,
-		},
-		{
-			"requests.svg", "Requests for each hand-over",
-			"waiters, each with a client of its own", "requests per hand-over", "flat", perHandOver,
-		},
-	} {
+	for _, d := range drawings {
 		c := curves{}
 		for _, p := range b.peers {
 			c = append(c, curve{peer: p.name})

@@ -447,6 +447,11 @@ func (b *bench) writeFiles(dir string, args []string, at time.Time) error {
 	var results, summary bytes.Buffer
 	b.writeHeader(&results, args, at)
 	b.writeReport(&results)
+	for _, d := range drawings {
+		if b.has(d.scenario) {
+			fmt.Fprintf(&results, "![%s](%s)\n\n", d.title, d.file)
+		}
+	}
 	b.writeSummary(&summary)
 	return errors.Join(
 		os.WriteFile(filepath.Join(dir, "results.md"), results.Bytes(), 0o644),
