@@ -608,7 +608,7 @@ func TestReadmeShowsWhatWasMeasured(t *testing.T) {
 	require.NoError(t, err)
 	summary, err := os.ReadFile("docs/bench/summary.md")
 	require.NoError(t, err)
-	require.Contains(t, string(readme), "<!-- summary -->\n"+string(summary)+"<!-- end of summary -->\n")
+	require.Contains(t, string(readme), "<!-- summary -->\n\n"+string(summary)+"\n<!-- end of summary -->\n")
 	for _, plot := range []string{"docs/bench/handover.svg", "docs/bench/requests.svg"} {
 		require.Contains(t, string(readme), "("+plot+")")
 		require.FileExists(t, plot)

@@ -81,7 +81,7 @@ func TestQuickRunMakesAllFiles(t *testing.T) {
 	}
 	summary, _ := os.ReadFile(filepath.Join(dir, "summary.md"))
 	shown, _ := os.ReadFile(page)
-	if want := "before\n<!-- summary -->\n" + string(summary) + "<!-- end of summary -->\nafter\n"; string(shown) != want {
+	if want := "before\n<!-- summary -->\n\n" + string(summary) + "\n<!-- end of summary -->\nafter\n"; string(shown) != want {
 		t.Errorf("the page is: %s", shown)
 	}
 	for file, want := range map[string]string{

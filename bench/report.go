@@ -474,5 +474,5 @@ func (b *bench) writeInto(path string) error {
 	}
 	var summary bytes.Buffer
 	b.writeSummary(&summary)
-	return os.WriteFile(path, slices.Concat(before, []byte(from), summary.Bytes(), []byte(to), after), 0o644)
+	return os.WriteFile(path, slices.Concat(before, []byte(from+"\n"), summary.Bytes(), []byte("\n"+to), after), 0o644)
 }
