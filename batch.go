@@ -54,9 +54,6 @@ func (t *traffic) process(ctx context.Context, client redis.UniversalClient, cmd
 		l.flights++
 		t.byClient[client] = l
 		t.mu.Unlock()
-		if ctx.Done() == nil || connected(client) {
-			return t.fly(ctx, client, cmd, nil)
-		}
 		return await(ctx, func() error { return t.fly(ctx, client, cmd, nil) })
 	}
 	p := &passenger{cmd: cmd, board: make(chan []*passenger, 1)}
@@ -69,7 +66,7 @@ func (t *traffic) process(ctx context.Context, client redis.UniversalClient, cmd
 		} else if together != nil {
 			p.err = t.fly(ctx, client, cmd, together[1:])
 		}
-		if p.err != nil && !isAnswer(p.err) {
+		if p.err != nil && (!isAnswer(p.err) || hasCode(p.err, passingInCluster)) {
 			return client.Process(ctx, cmd) // go-redis does more to get a single request answered
 		}
 		return p.err
@@ -101,13 +98,6 @@ func (t *traffic) wait(client redis.UniversalClient, p *passenger) (together []*
 	return together
 }
 
-// connected tells whether client has a connection to spare. go-redis takes notice of the
-// end of ctx while it uses that, but not always while it makes one.
-func connected(client redis.UniversalClient) bool {
-	c, ok := client.(interface{ PoolStats() *redis.PoolStats })
-	return ok && c.PoolStats().IdleConns > 0
-}
-
 // fly sends a request and those of others.
 func (t *traffic) fly(ctx context.Context, client redis.UniversalClient, cmd *redis.Cmd, others []*passenger) error {
 	defer t.land(client, others)
@@ -133,8 +123,10 @@ var errPanic = errors.New("a hook of the client has panicked")
 func (t *traffic) land(client redis.UniversalClient, others []*passenger) {
 	t.mu.Lock()
 	l := t.byClient[client]
-	next := l.waiting
-	l.waiting = nil
+	var next []*passenger
+	if l.flights <= maxFlights {
+		next, l.waiting = l.waiting, nil
+	}
 	if next == nil {
 		l.flights--
 	}

@@ -143,7 +143,7 @@ func (p *panics) BeforeProcess(ctx context.Context, _ redis.Cmder) (context.Cont
 	return ctx, nil
 }
 
-// A hook of the client that panics takes nothing with it.
+// A hook of the client that panics does not keep its request under way.
 func TestHookThatPanics(t *testing.T) {
 	client := rig.Redis(t).Client()
 	hook := new(panics)

@@ -70,7 +70,8 @@
 //
 // If the first in the queue waits on the client that releases, it needs no message and
 // claims nothing: release gives it the lock for its whole ttl, which counts from before
-// the request was sent, and the answer says so. If that is lost, the waiter looks.
+// the request was sent, and the answer says so. If that does not come in a tenth of a
+// second, or is lost, the waiter looks.
 //
 // A client has four requests under way, as long as they are answered; what is asked for
 // meanwhile goes together, in one pipeline, when one of them is.
@@ -273,15 +274,26 @@ func (m *Mutex) unlock(ctx context.Context) error {
 // giveBack ends a hold, in the background if Redis does not answer.
 func (m *Mutex) giveBack(ctx context.Context, h *hold) error {
 	h.leave()
-	next, heir := subscribers.heir(m.line())
-	err := h.releaseTo(ctx, heir)
-	if next != nil {
-		next.inherit(heir)
-		runtime.Gosched() // it has waited for longer, and holds the lock
-	}
+	err := m.release(ctx, h)
 	if err != nil && !errors.Is(err, ErrLockLost) {
 		h.abandon(ctx)
 	}
+	return err
+}
+
+// release releases a hold, and tells the first of this process who waits for the lock
+// if it is the next.
+func (m *Mutex) release(ctx context.Context, h *hold) error {
+	next, heir := subscribers.heir(m.line())
+	if next == nil {
+		return h.releaseTo(ctx, nil)
+	}
+	// If the answer takes long it may be lost, and the lock be given away all the same.
+	late := time.AfterFunc(repeatFloor, func() { next.tell(heir.ticket, news{}) })
+	defer late.Stop()
+	err := h.releaseTo(ctx, heir)
+	next.inherit(heir)
+	runtime.Gosched() // it has waited for longer, and holds the lock
 	return err
 }
 

@@ -624,8 +624,9 @@ type heir struct {
 
 // grant is a lock that was given away by a release.
 type grant struct {
-	sent  time.Time // before the release was
-	token int64     // 0 if none was asked for
+	ticket string
+	sent   time.Time // before the release was
+	token  int64     // 0 if none was asked for
 }
 
 // releaseTo gives the lock back, to the heir if there is one and it is next. The error
@@ -762,9 +763,9 @@ func (c *claim) runRelease(ctx context.Context, to *heir) (fate int64, err error
 	fields, _ := reply.([]any)
 	switch {
 	case len(fields) == 1:
-		to.grant = &grant{sent, tokenIn(fields[0])}
+		to.grant = &grant{to.ticket, sent, tokenIn(fields[0])}
 	case fate == 3:
-		to.grant = &grant{sent: sent}
+		to.grant = &grant{ticket: to.ticket, sent: sent}
 	case fate == 2:
 		return fateReleased, nil // by an earlier copy of the request; what that did is not known
 	default:
@@ -840,7 +841,8 @@ func detached(ctx context.Context) context.Context {
 }
 
 // bound returns ctx with a time limit. If ctx has no end of its own only a connection's
-// deadline sees to it: to watch a Done takes a goroutine or two for each request.
+// deadline sees to it: to watch a Done takes a goroutine or two for each request. In a
+// cluster that is done all the same, see cluster.run.
 func bound(ctx context.Context, limit time.Duration) (context.Context, context.CancelFunc) {
 	if ctx.Done() != nil {
 		return context.WithTimeout(ctx, limit)
@@ -848,7 +850,8 @@ func bound(ctx context.Context, limit time.Duration) (context.Context, context.C
 	return unwatched{ctx, time.Now().Add(limit)}, func() {}
 }
 
-// unwatched is a ctx that has a deadline but does not end with it.
+// unwatched is a ctx that has a deadline but does not end with it. Nor does one that is
+// derived from it with a later deadline.
 type unwatched struct {
 	context.Context
 	deadline time.Time

@@ -88,3 +88,34 @@ func TestScripts(t *testing.T) {
 		})
 	})
 }
+
+// A lock that was given to a ticket is not taken for one that was given to another, and
+// is not missed because of a message that only tells a time.
+func TestGrantIsForOneTicket(t *testing.T) {
+	rig.OnEach(t, func(t *testing.T, s *rig.Server) {
+		client := s.Client()
+		node, err := nodeOf(client, "k")
+		require.NoError(t, err)
+		home, err := node.home(context.Background())
+		require.NoError(t, err)
+		l := subscribers.join(home)
+		defer l.leave()
+		rig.Eventually(t, "subscription", func() bool { return subscribers.live(home) })
+		first := newClaim(node, namesOf("k"), time.Minute, l.inbox(), signature{})
+		second := newClaim(node, namesOf("k"), time.Minute, l.inbox(), signature{})
+
+		l.expect(first.ticket)
+		l.inherit(&heir{ticket: first.ticket, grant: &grant{ticket: first.ticket}})
+		l.expect(second.ticket)
+		l.inherit(&heir{ticket: first.ticket, grant: &grant{ticket: first.ticket}})
+		select {
+		case n := <-l.heard:
+			require.Nil(t, n.grant)
+		default:
+		}
+
+		l.inherit(&heir{ticket: second.ticket, grant: &grant{ticket: second.ticket}})
+		l.sub.dispatch(inboxChannel(l.inbox()), second.ticket+" 4000")
+		require.NotNil(t, (<-l.heard).grant)
+	})
+}

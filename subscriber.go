@@ -50,7 +50,7 @@ var (
 )
 
 // subscribers has one subscriber for each client that somebody waits on, and
-// nothing else. It is the only state of the package, but for warned.
+// nothing else. It is the only state of the package, but for warned and flights.
 var subscribers = registry{byClient: map[any]*subscriber{}, lines: map[lineID][]*listener{}}
 
 type registry struct {
@@ -157,6 +157,10 @@ func (l *listener) expect(ticket string) {
 	defer subscribers.mu.Unlock()
 	delete(l.sub.tickets, l.ticket)
 	l.leaveLineLocked()
+	select {
+	case <-l.heard: // it may be for the earlier one
+	default:
+	}
 	l.ticket = ticket
 	l.sub.tickets[ticket] = l
 }
@@ -204,12 +208,19 @@ func (r *registry) heir(line lineID) (*listener, *heir) {
 	return l, &heir{ticket: l.ticket, ttl: l.claim.ttl, minted: l.claim.signature.minted()}
 }
 
-// inherit tells the listener what a release made of it, if it still waits for that.
+// inherit tells the listener what a release made of it, if there is anything to tell.
 func (l *listener) inherit(h *heir) {
+	if h.grant != nil || h.unknown {
+		l.tell(h.ticket, news{grant: h.grant})
+	}
+}
+
+// tell delivers news, if the listener still waits for the hand-over to ticket.
+func (l *listener) tell(ticket string, n news) {
 	subscribers.mu.Lock()
 	defer subscribers.mu.Unlock()
-	if l.sub.tickets[h.ticket] == l && (h.grant != nil || h.unknown) {
-		l.tellLocked(news{grant: h.grant})
+	if l.sub.tickets[ticket] == l {
+		l.tellLocked(n)
 	}
 }
 
@@ -282,8 +293,8 @@ func (l *listener) leave() {
 	}
 }
 
-// tellLocked delivers news in place of some that were not taken yet: whoever looks at
-// Redis finds out what they said. Nobody else sends, so there is room.
+// tellLocked delivers news in place of some that were not taken yet: the listener looks
+// at Redis, and finds out what they said. Nobody else sends, so there is room.
 func (l *listener) tellLocked(n news) {
 	select {
 	case <-l.heard:
@@ -450,7 +461,9 @@ func (s *subscriber) dispatch(channel, payload string) {
 	if channel == inboxChannel(s.inbox) {
 		ticket, hint, _ := strings.Cut(payload, " ")
 		if l := s.tickets[ticket]; l != nil {
-			l.tellLocked(news{hint: cmp.Or(hint, ticket)})
+			if hint == "" || len(l.heard) == 0 { // one that only tells a time is worth least
+				l.tellLocked(news{hint: cmp.Or(hint, ticket)})
+			}
 		} else if !isTicket(ticket) {
 			s.tellTicketsLocked()
 		}

@@ -69,9 +69,8 @@ func (m *Mutex) acquire(ctx context.Context) (*claim, error) {
 		sent := time.Now()
 		var seen sight
 		var err error
-		if w.grant != nil {
-			seen, err = c.accept(ctx, w.grant)
-			w.grant = nil
+		if g := w.grant; g != nil && g.ticket == c.ticket {
+			seen, err = c.accept(ctx, g)
 		} else {
 			seen, err = c.try(ctx)
 		}
