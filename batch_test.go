@@ -3,6 +3,7 @@ package dmutex_test
 import (
 	"context"
 	"fmt"
+	"net"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -127,6 +128,31 @@ func TestDeadConnectionsHoldUpNobodyElse(t *testing.T) {
 	}
 	cancel()
 	stuck.Wait()
+	rig.Eventually(t, "nothing is under way", func() bool { return dmutex.UnderWay() == 0 })
+}
+
+// go-redis takes no notice of ctx in some dials, and makes one where a connection that it
+// had is dead.
+func TestCtxEndsWhileAConnectionIsMade(t *testing.T) {
+	s := rig.Redis(t)
+	var slow atomic.Bool
+	client := s.Client(func(o *redis.Options) {
+		o.Dialer = func(context.Context, string, string) (net.Conn, error) {
+			if slow.Load() {
+				time.Sleep(2 * soon / 5)
+			}
+			return net.Dial("tcp", s.Addr)
+		}
+	})
+	require.NoError(t, client.Ping(timeout(t)).Err())
+	slow.Store(true)
+	require.NoError(t, s.Client().ClientKillByFilter(timeout(t), "type", "normal", "skipme", "yes").Err())
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	start := time.Now()
+	_, err := dmutex.New("k", long, client).TryLock(ctx)
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	require.Less(t, time.Since(start), soon/5, "less than the dial takes")
 	rig.Eventually(t, "nothing is under way", func() bool { return dmutex.UnderWay() == 0 })
 }
 
