@@ -109,6 +109,28 @@ func TestInheritanceIsFoundAfterALostReply(t *testing.T) {
 	}
 }
 
+// Nor does the waiter wait until it is known that the reply is lost.
+func TestInheritanceIsFoundWhileTheReplyIsAwaited(t *testing.T) {
+	s := rig.Redis(t)
+	p := rig.NewProxy(t, s.Addr)
+	client := s.Client(func(o *redis.Options) { o.Addr, o.ReadTimeout = p.Addr, hang })
+	ctx := timeout(t)
+	holder, next := locked(t, "k", long, client), dmutex.New("k", long, client)
+	gotten := lock(ctx, next)
+	awaitQueue(t, s.Client(), "k", 1)
+	time.Sleep(50 * time.Millisecond) // most often it knows its place then
+	p.LoseReply(script, rig.Swallow)
+	start := time.Now()
+	unlocked := make(chan error, 1)
+	go func() { unlocked <- holder.Unlock(ctx) }()
+	require.NoError(t, receive(t, gotten))
+	require.Less(t, time.Since(start), 3*time.Second, "less than a waiter sleeps")
+	p.CutAll()
+	require.NoError(t, receive(t, unlocked))
+	require.NoError(t, next.Unlock(ctx))
+	requireClean(t, s.Client())
+}
+
 // A waiter that gives up when it is given the lock passes it on.
 func TestInheritanceIsPassedOn(t *testing.T) {
 	rig.OnEach(t, func(t *testing.T, s *rig.Server) {
