@@ -54,6 +54,9 @@ func (t *traffic) process(ctx context.Context, client redis.UniversalClient, cmd
 		l.flights++
 		t.byClient[client] = l
 		t.mu.Unlock()
+		if ctx.Done() == nil {
+			return t.fly(ctx, client, cmd, nil)
+		}
 		return await(ctx, func() error { return t.fly(ctx, client, cmd, nil) })
 	}
 	p := &passenger{cmd: cmd, board: make(chan []*passenger, 1)}

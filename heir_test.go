@@ -115,6 +115,7 @@ func TestInheritanceIsFoundWhileTheReplyIsAwaited(t *testing.T) {
 	p := rig.NewProxy(t, s.Addr)
 	client := s.Client(func(o *redis.Options) { o.Addr, o.ReadTimeout = p.Addr, hang })
 	ctx := timeout(t)
+	require.NoError(t, locked(t, "k", long, client).Unlock(ctx)) // the server knows the scripts now
 	holder, next := locked(t, "k", long, client), dmutex.New("k", long, client)
 	gotten := lock(ctx, next)
 	awaitQueue(t, s.Client(), "k", 1)
